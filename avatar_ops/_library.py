@@ -1,0 +1,147 @@
+"""The torch library namespace `avatar_ops`: loading the kernels, defining ops, checking arguments."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import _native
+
+NAMESPACE = "avatar_ops"
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_FOLDER = Path(__file__).parent
+
+
+def _load() -> bool:
+    """Loads the kernels; returns whether CUDA kernels are among them."""
+    if name := os.environ.get("AVATAR_OPS_ISA"):
+        try:
+            _native.set_isa(name)
+        except ValueError as error:
+            raise ValueError(f"AVATAR_OPS_ISA: {error}") from None
+    torch.ops.load_library(_FOLDER / "libavatar_ops.so")
+    cuda = _FOLDER / "libavatar_ops_cuda.so"
+    if torch.version.cuda is None or not cuda.exists():
+        return False
+    torch.ops.load_library(cuda)
+    return True
+
+
+def define(schema: str) -> None:
+    """Defines an op from its schema, without the namespace: `define("edge_max(Tensor a) -> Tensor")`."""
+    torch.library.define(f"{NAMESPACE}::{schema.split('(')[0]}", "(" + schema.split("(", 1)[1])
+
+
+def forbid_second_derivative(backward: str) -> None:
+    """Makes differentiating through the op `backward` an error instead of a silent zero."""
+
+    def raise_error(ctx, *grads):
+        raise RuntimeError(f"{NAMESPACE}::{backward} has no derivative: second derivatives are not supported")
+
+    torch.library.register_autograd(f"{NAMESPACE}::{backward}", raise_error)
+
+
+def register_autocast(name: str, dtype_of: Callable[[str], torch.dtype | None]) -> None:
+    """Casts the op's floating inputs under autocast to `dtype_of(device_type)` (None leaves them).
+
+    float64 inputs are left as they are, as in torch's own autocast lists.
+    """
+    overload = getattr(torch.ops.avatar_ops, name).default
+    for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+
+        def run(*args, device_type=device_type, key=key, **kwargs):
+            dtype = dtype_of(device_type)
+
+            def cast(value):
+                if isinstance(value, Tensor):
+                    eligible = value.is_floating_point() and value.dtype != torch.float64
+                    return value.to(dtype) if eligible and dtype is not None else value
+                return [cast(part) for part in value] if isinstance(value, list | tuple) else value
+
+            keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+            with torch._C._ExcludeDispatchKeyGuard(keys):
+                return overload(*map(cast, args), **{name: cast(value) for name, value in kwargs.items()})
+
+        torch.library.impl(f"{NAMESPACE}::{name}", key, run)
+
+
+def autocast_to_float32(name: str) -> None:
+    """Runs the op in float32 under autocast."""
+    register_autocast(name, lambda device_type: torch.float32)
+
+
+def autocast_to_active(name: str) -> None:
+    """Runs the op in the active autocast dtype."""
+    register_autocast(name, torch.get_autocast_dtype)
+
+
+def describe(value) -> str:
+    """A value in an error message: dtype, shape and device of a tensor, else its repr."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)} on {value.device}"
+    return f"{value!r} ({type(value).__name__})"
+
+
+def check_floating(name: str, value, like: Tensor | None = None) -> None:
+    """TypeError unless `value` is a floating tensor, of the dtype of `like` where given."""
+    if not isinstance(value, Tensor) or value.dtype not in FLOATING:
+        raise TypeError(
+            f"{name}: got {describe(value)}, expected a float16, bfloat16, float32 or float64 tensor"
+        )
+    if like is not None and value.dtype != like.dtype:
+        raise TypeError(f"{name}: got dtype {value.dtype}, expected {like.dtype} as the other inputs have")
+
+
+def check_shape(name: str, value: Tensor, expected: Sequence[int | None], meaning: str) -> None:
+    """ValueError unless the shape of `value` is `expected`, where None admits any size."""
+    fits = value.dim() == len(expected)
+    if not fits or any(
+        want is not None and size != want for size, want in zip(value.shape, expected, strict=True)
+    ):
+        sizes = ", ".join("*" if want is None else str(want) for want in expected)
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected {meaning} = ({sizes})")
+
+
+def check_rank(name: str, value: Tensor, ranks: Sequence[int], meaning: str) -> None:
+    """ValueError unless `value` has one of the ranks."""
+    if value.dim() not in ranks:
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected {meaning}")
+
+
+def check_device(name: str, value: Tensor, like: Tensor) -> None:
+    """ValueError unless both tensors are on one device."""
+    if value.device != like.device:
+        raise ValueError(
+            f"{name}: got device {value.device}, expected {like.device} as the other inputs have"
+        )
+
+
+def check_option(name: str, value, options: Sequence) -> None:
+    """ValueError unless `value` is one of `options`."""
+    if value not in options:
+        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(map(repr, options))}")
+
+
+def check_index(name: str, value) -> None:
+    """TypeError unless `value` is an int64 or int32 tensor."""
+    if not isinstance(value, Tensor) or value.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name}: got {describe(value)}, expected an int64 or int32 tensor")
+
+
+def check_neighbors(neighbors, like: Tensor, rows: int | None = None) -> Tensor:
+    """Checks neighbours (B, M, K) or (M, K) against points or features `like`; returns them as int64.
+
+    M has to be `rows` where that is given.
+    """
+    check_index("neighbors", neighbors)
+    meaning = "(B, M, K)" if like.dim() == 3 else "(M, K)"
+    check_shape("neighbors", neighbors, (*like.shape[: like.dim() - 2], rows, None), meaning)
+    check_device("neighbors", neighbors, like)
+    return neighbors.long()
+
+
+HAS_CUDA_KERNELS = _load()

@@ -1,0 +1,66 @@
+"""Per-channel maximum over neighbours: schema, public function, fake, autograd."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._library import check_floating, check_neighbors, check_rank, define, forbid_second_derivative
+
+define("edge_max(Tensor features, Tensor neighbors) -> (Tensor values, Tensor argmax)")
+define("edge_max_backward(Tensor grad, Tensor argmax, SymInt num_points) -> Tensor")
+
+
+def edge_max(features: Tensor, neighbors: Tensor) -> tuple[Tensor, Tensor]:
+    """Per-channel maximum over each point's neighbours.
+
+        values[b, m, c] = max_k features[b, neighbors[b, m, k], c]
+
+    Args:
+        features: (B, N, C) or (N, C) float16, bfloat16, float32 or float64.
+        neighbors: (B, M, K) or (M, K) int64 (or int32) in [0, N), or -1 for "none"; same device.
+
+    Returns:
+        values: (B, M, C) in the dtype of features; 0 where a row has no neighbour; NaN wins.
+        argmax: (B, M, C) int64 point indices, the smallest k on ties; -1 where a row has no neighbour.
+
+    Raises:
+        TypeError: unsupported dtype.   ValueError: rank, batch or device mismatch.
+        IndexError: a neighbour outside [-1, N) (CPU).
+
+    Differentiable in features (first order).
+    Source: Wang et al., Dynamic Graph CNN, TOG 2019, eq. 7. Reference: reference.edge_max.
+    """
+    check_floating("features", features)
+    check_rank("features", features, (2, 3), "(B, N, C) or (N, C)")
+    neighbors = check_neighbors(neighbors, features)
+    if features.dim() == 3:
+        return torch.ops.avatar_ops.edge_max(features, neighbors)
+    values, argmax = torch.ops.avatar_ops.edge_max(features.unsqueeze(0), neighbors.unsqueeze(0))
+    return values.squeeze(0), argmax.squeeze(0)
+
+
+@torch.library.register_fake("avatar_ops::edge_max")
+def _(features, neighbors):
+    shape = (neighbors.shape[0], neighbors.shape[1], features.shape[2])
+    return features.new_empty(shape), neighbors.new_empty(shape)
+
+
+@torch.library.register_fake("avatar_ops::edge_max_backward")
+def _(grad, argmax, num_points):
+    return grad.new_empty(grad.shape[0], num_points, grad.shape[2])
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.num_points = inputs[0].shape[1]
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(output[1])
+
+
+def _backward(ctx, grad_values, grad_argmax):
+    (argmax,) = ctx.saved_tensors
+    return torch.ops.avatar_ops.edge_max_backward(grad_values, argmax, ctx.num_points), None
+
+
+torch.library.register_autograd("avatar_ops::edge_max", _backward, setup_context=_setup_context)
+forbid_second_derivative("edge_max_backward")

@@ -1,0 +1,10 @@
+# Fails when an object of one instruction set defines weak or unique symbols.
+foreach(object IN LISTS OBJECTS)
+  execute_process(COMMAND ${NM} --defined-only -C ${object} OUTPUT_VARIABLE symbols COMMAND_ERROR_IS_FATAL ANY)
+  string(REGEX MATCHALL "[0-9a-f]+ [VvWwu] [^\n]*" weak "${symbols}")
+  if(weak)
+    list(JOIN weak "\n  " weak)
+    message(FATAL_ERROR "${object} defines weak symbols; keep templates in anonymous namespaces:\n  ${weak}")
+  endif()
+endforeach()
+file(TOUCH ${STAMP})

@@ -1,0 +1,103 @@
+// What every CPU op needs around its loops: dtype dispatch, compute copies, data checks, parallel loops.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <atomic>
+#include <cstdint>
+#include <limits>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "common/isa.h"
+
+namespace avatar {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// The dtype that an op of inputs `type` computes in: half and bfloat16 accumulate in float32.
+inline ScalarType compute_type(ScalarType type) {
+  return type == ScalarType::Half || type == ScalarType::BFloat16 ? ScalarType::Float : type;
+}
+
+inline Tensor to_type(const Tensor& tensor, ScalarType type) {
+  return tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type);
+}
+
+// Contiguous and in the compute dtype; shares the input's memory where it already is.
+inline Tensor to_compute(const Tensor& tensor) {
+  return torch::stable::contiguous(to_type(tensor, compute_type(tensor.scalar_type())));
+}
+
+// Calls body(float{}) or body(double{}) for a compute dtype.
+template <typename Body>
+void dispatch_compute(ScalarType type, const char* op, const Body& body) {
+  if (type == ScalarType::Float) {
+    body(float{});
+  } else if (type == ScalarType::Double) {
+    body(double{});
+  } else {
+    throw std::invalid_argument(std::string(op) + ": no kernel for dtype " +
+                                torch::headeronly::toString(type));
+  }
+}
+
+template <typename T>
+const T* const_data(const Tensor& tensor) {
+  return tensor.const_data_ptr<T>();
+}
+
+template <typename T>
+T* mutable_data(const Tensor& tensor) {
+  return tensor.mutable_data_ptr<T>();
+}
+
+// parallel_for whose tasks are handed out one by one, for work that is unevenly spread.
+template <typename Body>
+void parallel_tasks(int64_t tasks, const Body& body) {
+  std::atomic<int64_t> next{0};
+  const int64_t workers = std::min<int64_t>(tasks, torch::stable::get_num_threads());
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
+    for (int64_t task = next++; task < tasks; task = next++) body(task);
+  });
+}
+
+// Collects the smallest bad position found by parallel loops; raise() is called after them, since an
+// exception thrown inside a parallel loop loses its type.
+class FirstBad {
+ public:
+  // Positions are flat; a negative one means "none found".
+  void report(int64_t position) {
+    if (position < 0) return;
+    int64_t seen = position_.load(std::memory_order_relaxed);
+    while (position < seen && !position_.compare_exchange_weak(seen, position)) {
+    }
+  }
+  bool found() const { return position_.load() != kNone; }
+  int64_t position() const { return position_.load(); }
+
+ private:
+  static constexpr int64_t kNone = std::numeric_limits<int64_t>::max();
+  std::atomic<int64_t> position_{kNone};
+};
+
+// IndexError for neighbours (B, M, K) outside [-1, num_points), naming the first bad one.
+inline void raise_bad_neighbor(const FirstBad& bad, const char* op, const Tensor& neighbors,
+                               int64_t num_points) {
+  if (!bad.found()) return;
+  const int64_t rows = neighbors.size(1), k = neighbors.size(2), position = bad.position();
+  throw std::out_of_range(std::string(op) + ": neighbors[" + std::to_string(position / (rows * k)) + ", " +
+                          std::to_string(position / k % rows) + ", " + std::to_string(position % k) +
+                          "] = " + std::to_string(const_data<int64_t>(neighbors)[position]) +
+                          "; expected -1 (none) or an index in [0, " + std::to_string(num_points) + ")");
+}
+
+}  // namespace avatar

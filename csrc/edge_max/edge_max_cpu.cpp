@@ -1,0 +1,69 @@
+#include <algorithm>
+
+#include "common/tensor.h"
+#include "edge_max/edge_max_simd.h"
+
+namespace avatar {
+namespace {
+
+// features (B, N, C), neighbors (B, M, K) int64 -> values (B, M, C), argmax (B, M, C).
+std::tuple<Tensor, Tensor> edge_max_cpu(const Tensor& features_in, const Tensor& neighbors_in) {
+  const Tensor features = to_compute(features_in);
+  const Tensor neighbors = torch::stable::contiguous(neighbors_in);
+  const int64_t batch = features.size(0), num_points = features.size(1), channels = features.size(2);
+  const int64_t rows = neighbors.size(1), k = neighbors.size(2);
+  Tensor values = torch::stable::new_empty(features, {batch, rows, channels});
+  Tensor argmax = torch::stable::new_empty(neighbors, {batch, rows, channels});
+  FirstBad bad;
+  dispatch_compute(features.scalar_type(), "edge_max", [&](auto zero) {
+    using T = decltype(zero);
+    const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, k * channels));
+    torch::stable::parallel_for(0, batch * rows, grain, [&](int64_t begin, int64_t end) {
+      while (begin < end) {
+        const int64_t b = begin / rows, stop = std::min(end, (b + 1) * rows);
+        const EdgeMaxArgs<T> args{const_data<T>(features) + b * num_points * channels,
+                                  const_data<int64_t>(neighbors) + b * rows * k,
+                                  mutable_data<T>(values) + b * rows * channels,
+                                  mutable_data<int64_t>(argmax) + b * rows * channels,
+                                  num_points,
+                                  channels,
+                                  k};
+        const int64_t position = AVATAR_ISA_CALL(edge_max_rows, args, begin - b * rows, stop - b * rows);
+        if (position >= 0) return bad.report(b * rows * k + position);
+        begin = stop;
+      }
+    });
+  });
+  raise_bad_neighbor(bad, "edge_max", neighbors, num_points);
+  return {to_type(values, features_in.scalar_type()), argmax};
+}
+
+// Each task owns a range of channels of one cloud, so every sum is in row order whatever the threads.
+Tensor edge_max_backward_cpu(const Tensor& grad_in, const Tensor& argmax_in, int64_t num_points) {
+  const Tensor grad = to_compute(grad_in);
+  const Tensor argmax = torch::stable::contiguous(argmax_in);
+  const int64_t batch = grad.size(0), rows = grad.size(1), channels = grad.size(2);
+  Tensor grad_features = torch::stable::new_zeros(grad, {batch, num_points, channels});
+  constexpr int64_t kChannelsPerTask = 16;
+  const int64_t column_tasks = (channels + kChannelsPerTask - 1) / kChannelsPerTask;
+  dispatch_compute(grad.scalar_type(), "edge_max_backward", [&](auto zero) {
+    using T = decltype(zero);
+    parallel_tasks(batch * column_tasks, [&](int64_t task) {
+      const int64_t b = task / column_tasks, begin = task % column_tasks * kChannelsPerTask;
+      const EdgeMaxBackwardArgs<T> args{
+          const_data<T>(grad) + b * rows * channels, const_data<int64_t>(argmax) + b * rows * channels,
+          mutable_data<T>(grad_features) + b * num_points * channels, rows, channels};
+      AVATAR_ISA_CALL(edge_max_backward_columns, args, begin, std::min(begin + kChannelsPerTask, channels));
+    });
+  });
+  return to_type(grad_features, grad_in.scalar_type());
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(avatar_ops, CPU, m) {
+  m.impl("edge_max", TORCH_BOX(&edge_max_cpu));
+  m.impl("edge_max_backward", TORCH_BOX(&edge_max_backward_cpu));
+}
+
+}  // namespace avatar

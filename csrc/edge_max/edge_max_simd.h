@@ -1,0 +1,39 @@
+// Inner loops of edge_max, built once per instruction set.
+#pragma once
+
+#include <cstdint>
+
+#include "common/isa.h"
+
+namespace avatar {
+
+template <typename T>
+struct EdgeMaxArgs {
+  const T* features;         // (num_points, channels)
+  const int64_t* neighbors;  // (rows, k), -1 for none
+  T* values;                 // (rows, channels)
+  int64_t* argmax;           // (rows, channels)
+  int64_t num_points, channels, k;
+};
+
+template <typename T>
+struct EdgeMaxBackwardArgs {
+  const T* grad;          // (rows, channels)
+  const int64_t* argmax;  // (rows, channels), -1 for none
+  T* grad_features;       // (num_points, channels), zeroed
+  int64_t rows, channels;
+};
+
+// edge_max_rows: rows [begin, end); returns the flat position of the first neighbour out of range, or -1.
+// edge_max_backward_columns: channels [begin, end) of all rows.
+#define AVATAR_DECLARE(ISA)                                                                            \
+  namespace ISA {                                                                                      \
+  int64_t edge_max_rows(const EdgeMaxArgs<float>& args, int64_t begin, int64_t end);                   \
+  int64_t edge_max_rows(const EdgeMaxArgs<double>& args, int64_t begin, int64_t end);                  \
+  void edge_max_backward_columns(const EdgeMaxBackwardArgs<float>& args, int64_t begin, int64_t end);  \
+  void edge_max_backward_columns(const EdgeMaxBackwardArgs<double>& args, int64_t begin, int64_t end); \
+  }
+AVATAR_FOR_EACH_ISA(AVATAR_DECLARE)
+#undef AVATAR_DECLARE
+
+}  // namespace avatar

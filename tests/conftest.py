@@ -1,0 +1,31 @@
+import pytest
+import torch
+
+from avatar_ops import _native
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--isa", action="append", help="run the op tests on this instruction set only (repeatable)"
+    )
+
+
+def pytest_generate_tests(metafunc):
+    if "isa" in metafunc.fixturenames:
+        metafunc.parametrize(
+            "isa", metafunc.config.getoption("isa") or _native.available_isas(), indirect=True
+        )
+
+
+@pytest.fixture
+def isa(request):
+    """Each instruction set in turn."""
+    before = _native.isa()
+    _native.set_isa(request.param)
+    yield request.param
+    _native.set_isa(before)
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
