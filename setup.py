@@ -34,9 +34,14 @@ class CMakeBuild(build_ext):
             "AVATAR_OPS_SANITIZE": "ON" if os.environ.get("AVATAR_OPS_SANITIZE") == "1" else "OFF",
         }
         arguments = [f"-D{name}={value}" for name, value in options.items()]
-        subprocess.check_call(["cmake", "-G", "Ninja", "-S", ROOT, "-B", build, *arguments])
-        subprocess.check_call(["cmake", "--build", build])
-        subprocess.check_call(["cmake", "--install", build, "--prefix", target / "avatar_ops"])
+        # cmake and ninja may come from packages beside this interpreter.
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+        for command in (
+            ["-G", "Ninja", "-S", ROOT, "-B", build, *arguments],
+            ["--build", build],
+            ["--install", build, "--prefix", target / "avatar_ops"],
+        ):
+            subprocess.check_call(["cmake", *command], env={**os.environ, "PATH": path})
 
     # The installed libraries are not setuptools' own outputs.
     def get_outputs(self):
