@@ -1,6 +1,6 @@
-"""Paired timing: two sides alternate in one process, and the median of the ratios of neighbouring runs counts.
+"""Paired timing: two sides alternate in one process, and the median of the rounds' ratios counts.
 
-Shared and noisy machines drift, so a ratio of two separate timings says little; the ratio within one round does.
+Shared and noisy machines drift, so a ratio of two separate timings says little; that within a round does.
 """
 
 from __future__ import annotations

@@ -27,10 +27,10 @@ def main(path: str) -> None:
     with open(path) as file:
         report = json.load(file)
     machine = report["machine_info"]
-    print(
-        f"{machine['cpu'].get('brand_raw', machine['processor'])}, {machine['isa']}, torch {machine['torch']}, "
-        f"copy {machine['copy_gigabytes_per_second']:.1f} GB/s, product {machine['matmul_gigaflops']:.0f} GFLOP/s\n"
-    )
+    processor = machine["cpu"].get("brand_raw", machine["processor"])
+    copy, product = machine["copy_gigabytes_per_second"], machine["matmul_gigaflops"]
+    print(f"{processor}, {machine['isa']}, torch {machine['torch']}")
+    print(f"copy {copy:.1f} GB/s, float32 matrix product {product:.0f} GFLOP/s\n")
     rows = [("case", "1 thread", f"{machine['threads']} threads", "memory", "ms (1 thread)")]
     for benchmark in report["benchmarks"]:
         info = benchmark["extra_info"]
@@ -51,7 +51,7 @@ def main(path: str) -> None:
         if number == 0:
             print("|" + "|".join("-" * (width + 2) for width in widths) + "|")
     print(
-        "\nTimes of the best peer over ours, the median of paired rounds; above 1 is faster or leaner than the peer."
+        "\nTime or memory of the best peer over ours, medians of paired rounds: above 1 is better than the peer."
     )
 
 
