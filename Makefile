@@ -60,8 +60,12 @@ sanitize: setup
 	  ASAN_OPTIONS=detect_leaks=0:protect_shadow_gap=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  $(BIN)/pytest tests/ops -k "not compile and not export and not opcheck" $(TEST)
 
+# Builds the wheel into dist/ and tries it away from the sources.
 wheel: $(VENV)/installed
-	$(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
+	rm -rf dist build/wheel
+	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+	$(BIN)/python -m pip install --quiet --no-deps --target build/wheel dist/*.whl
+	cd build/wheel && PYTHONPATH=. ../../$(BIN)/python -m avatar_ops
 
 clean:
 	rm -rf build dist *.egg-info avatar_ops/*.so

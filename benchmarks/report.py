@@ -50,9 +50,7 @@ def main(path: str) -> None:
         print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |")
         if number == 0:
             print("|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    print(
-        "\nTime or memory of the best peer over ours, medians of paired rounds: above 1 is better than the peer."
-    )
+    print("\nBest peer over ours, medians of paired rounds: above 1, ours is faster or leaner.")
 
 
 if __name__ == "__main__":

@@ -167,6 +167,23 @@ def test_compile_fullgraph(case, backend):
         assert_close(a, e, 1e-5)
 
 
+@pytest.mark.parametrize("case", [c for c in MAIN if torch.bfloat16 in c.dtypes], ids=ids)
+def test_compile_fullgraph_under_autocast(case):
+    torch._dynamo.reset()
+    inputs = make(case, torch.float32)
+
+    def run(function):
+        with torch.autocast("cpu", torch.bfloat16):
+            return outputs_and_gradients(case, function, inputs)
+
+    actual, expected = (
+        run(torch.compile(case.function, backend="aot_eager", fullgraph=True)),
+        run(case.function),
+    )
+    for a, e in zip([*actual[0], *actual[1]], [*expected[0], *expected[1]], strict=True):
+        assert_close(a, e, 1e-5 if case.autocast_dtype == torch.float32 else 0.05)
+
+
 @pytest.mark.parametrize("case", MAIN, ids=ids)
 def test_export_save_load(case):
     inputs = make(case, torch.float32 if torch.float32 in case.dtypes else case.dtypes[0])
@@ -276,3 +293,15 @@ def test_rejects(case, rejection):
     with pytest.raises(rejection.error, match=rejection.match) as caught:
         case.function(**inputs)
     assert type(caught.value) is rejection.error
+
+
+BAD_VALUES = [(case, rejection) for case, rejection in REJECTIONS if rejection.error is IndexError]
+
+
+@pytest.mark.parametrize(("case", "rejection"), BAD_VALUES, ids=[f"{c.op}-{r.id}" for c, r in BAD_VALUES])
+def test_compiled_code_rejects_bad_values_too(case, rejection):
+    torch._dynamo.reset()
+    compiled = torch.compile(case.function, backend="aot_eager", fullgraph=True)
+    inputs = rejection.change(make(case, case.dtypes[0]))
+    with pytest.raises(IndexError, match=rejection.match):
+        compiled(**inputs)
