@@ -1,0 +1,1 @@
+"""Head avatars from a monocular video, on avatar_ops."""
