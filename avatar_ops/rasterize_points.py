@@ -22,7 +22,7 @@ from ._library import (
 
 define(
     "rasterize_points(Tensor points, Tensor radius, SymInt height, SymInt width, SymInt points_per_pixel, "
-    "Tensor? lengths) -> (Tensor indices, Tensor depths, Tensor distances)"
+    "Tensor? lengths) -> (Tensor depths, Tensor distances, Tensor indices)"
 )
 define(
     "rasterize_points_backward(Tensor grad_depths, Tensor grad_distances, Tensor indices, Tensor points) "
@@ -38,7 +38,9 @@ class Fragments(NamedTuple):
     distances: Tensor
 
 
+# For torch.export, and for saving and loading without trust in the file.
 _pytree._register_namedtuple(Fragments, serialized_type_name="avatar_ops.Fragments")
+torch.serialization.add_safe_globals([Fragments])
 
 
 def rasterize_points(
@@ -96,19 +98,17 @@ def rasterize_points(
         check_shape("lengths", lengths, points.shape[:-2], "(B,)" if points.dim() == 3 else "()")
         check_device("lengths", lengths, points)
         lengths = lengths.long()
-    if points.dim() == 3:
-        return Fragments(
-            *torch.ops.avatar_ops.rasterize_points(points, radius, height, width, points_per_pixel, lengths)
-        )
-    found = torch.ops.avatar_ops.rasterize_points(
-        points.unsqueeze(0),
-        radius.unsqueeze(0) if radius.dim() else radius,
-        height,
-        width,
-        points_per_pixel,
-        None if lengths is None else lengths.unsqueeze(0),
+    batched = points.dim() == 3
+    if not batched:
+        points = points.unsqueeze(0)
+        radius = radius.unsqueeze(0) if radius.dim() else radius
+        lengths = None if lengths is None else lengths.unsqueeze(0)
+    depths, distances, indices = torch.ops.avatar_ops.rasterize_points(
+        points, radius, height, width, points_per_pixel, lengths
     )
-    return Fragments(*(part.squeeze(0) for part in found))
+    if batched:
+        return Fragments(indices, depths, distances)
+    return Fragments(indices.squeeze(0), depths.squeeze(0), distances.squeeze(0))
 
 
 def _check_size(name: str, value) -> None:
@@ -141,7 +141,7 @@ def _radius_tensor(radius, points: Tensor) -> Tensor:
 @torch.library.register_fake("avatar_ops::rasterize_points")
 def _(points, radius, height, width, points_per_pixel, lengths):
     shape = (points.shape[0], height, width, points_per_pixel)
-    return points.new_empty(shape, dtype=torch.int64), points.new_empty(shape), points.new_empty(shape)
+    return points.new_empty(shape), points.new_empty(shape), points.new_empty(shape, dtype=torch.int64)
 
 
 @torch.library.register_fake("avatar_ops::rasterize_points_backward")
@@ -150,11 +150,11 @@ def _(grad_depths, grad_distances, indices, points):
 
 
 def _setup_context(ctx, inputs, output):
-    ctx.mark_non_differentiable(output[0])
-    ctx.save_for_backward(output[0], inputs[0])
+    ctx.mark_non_differentiable(output[2])
+    ctx.save_for_backward(output[2], inputs[0])
 
 
-def _backward(ctx, grad_indices, grad_depths, grad_distances):
+def _backward(ctx, grad_depths, grad_distances, grad_indices):
     indices, points = ctx.saved_tensors
     grad = torch.ops.avatar_ops.rasterize_points_backward(grad_depths, grad_distances, indices, points)
     return grad, None, None, None, None, None

@@ -256,12 +256,15 @@ def rasterize_points(
     lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(indices, depths, distances), each (B, H, W, points_per_pixel): see avatar_ops.rasterize_points."""
+    batched = points.dim() == 3
+    if not batched:
+        points = points.unsqueeze(0)
     height, width = image_size
     batch, num_points = points.shape[:2]
     accumulate = torch.float32 if points.dtype in (torch.float16, torch.bfloat16) else points.dtype
     positions = points.to(accumulate)
-    limit = torch.as_tensor(radius, dtype=accumulate, device=points.device).expand(batch, num_points).square()
-    present = positions[..., 2] > 0
+    radii = torch.as_tensor(radius, dtype=accumulate, device=points.device).expand(batch, num_points)
+    present = (positions[..., 2] > 0) & (radii > 0)
     if lengths is not None:
         present = present & (torch.arange(num_points, device=points.device) < lengths.view(-1, 1))
     column = torch.arange(width, device=points.device, dtype=accumulate) + 0.5
@@ -269,30 +272,33 @@ def rasterize_points(
     center = torch.stack(torch.meshgrid(column, row, indexing="xy"), -1).reshape(1, -1, 1, 2)
     with torch.no_grad():
         squared = (positions[:, None, :, :2] - center).square().sum(-1)
-        hit = (squared < limit.unsqueeze(1)) & present.unsqueeze(1)
+        hit = (squared < radii.square().unsqueeze(1)) & present.unsqueeze(1)
         depth = positions[:, None, :, 2].expand_as(squared).masked_fill(~hit, float("inf"))
-        order = depth.argsort(-1, stable=True)
-        order = order.gather(2, (~hit).gather(2, order).byte().argsort(-1, stable=True))[
+        order = depth.argsort(dim=-1, stable=True)
+        order = order.gather(2, (~hit).gather(2, order).byte().argsort(dim=-1, stable=True))[
             ..., :points_per_pixel
         ]
         order = F.pad(order, (0, points_per_pixel - order.shape[2]), value=num_points)
         found = F.pad(hit, (0, 1)).gather(2, order)
         indices = order.where(found, -1)
     if num_points == 0:
-        empty = positions.new_full(indices.shape, float("inf"))
-        depths = distances = empty
+        depths = distances = positions.new_full(indices.shape, float("inf")) + positions.sum()
     else:
         chosen = _gather_rows(positions, indices)
         depths = chosen[..., 2].masked_fill(~found, float("inf"))
         difference = torch.where(found.unsqueeze(-1), chosen[..., :2] - center, 0)
         distances = difference.square().sum(-1).masked_fill(~found, float("inf"))
     shape = (batch, height, width, points_per_pixel)
-    return indices.view(shape), depths.to(points.dtype).view(shape), distances.to(points.dtype).view(shape)
+    found = indices.view(shape), depths.to(points.dtype).view(shape), distances.to(points.dtype).view(shape)
+    return _unbatch(found, batched)
 
 
 def composite_points(fragments, features: Tensor, alphas: Tensor) -> tuple[Tensor, Tensor]:
     """(colours (B, C, H, W), opacity (B, 1, H, W)): see avatar_ops.composite_points."""
+    batched = features.dim() == 3
     indices = fragments[0]
+    if not batched:
+        indices, features, alphas = indices.unsqueeze(0), features.unsqueeze(0), alphas.unsqueeze(0)
     batch, height, width, depth = indices.shape
     found = indices >= 0
     alpha = torch.where(found, alphas, 0)
@@ -305,4 +311,4 @@ def composite_points(fragments, features: Tensor, alphas: Tensor) -> tuple[Tenso
         gathered = gathered.view(batch, height, width, depth, features.shape[2])
     gathered = torch.where(found.unsqueeze(-1), gathered, 0)
     image = (weights.unsqueeze(-1) * gathered).sum(3).permute(0, 3, 1, 2)
-    return image, weights.sum(-1).unsqueeze(1)
+    return _unbatch((image, weights.sum(-1).unsqueeze(1)), batched)

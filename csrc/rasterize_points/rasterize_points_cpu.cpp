@@ -4,8 +4,8 @@
 #include <type_traits>
 
 #include "common/adjacency.h"
+#include "common/radix_sort.h"
 #include "common/tensor.h"
-#include "rasterize_points/depth_order.h"
 #include "rasterize_points/rasterize_points_simd.h"
 
 namespace avatar {
@@ -241,7 +241,7 @@ void check_lengths(const Tensor& lengths, int64_t num_points) {
   }
 }
 
-// points (B, N, 3), radius () or (B, N), lengths (B,) -> indices, depths, distances, each
+// points (B, N, 3), radius () or (B, N), lengths (B,) -> depths, distances, indices, each
 // (B, height, width, points_per_pixel).
 std::tuple<Tensor, Tensor, Tensor> rasterize_points_cpu(const Tensor& points_in, const Tensor& radius_in,
                                                         int64_t height, int64_t width,
@@ -281,7 +281,7 @@ std::tuple<Tensor, Tensor, Tensor> rasterize_points_cpu(const Tensor& points_in,
       }
     }
   });
-  return {indices, to_type(depths, points_in.scalar_type()), to_type(distances, points_in.scalar_type())};
+  return {to_type(depths, points_in.scalar_type()), to_type(distances, points_in.scalar_type()), indices};
 }
 
 // Each point sums over the slots that hold it in their order, whatever the threads.
