@@ -2,13 +2,15 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from .bias_act import bias_act
 from .composite_points import composite_points
 from .edge_max import edge_max
 from .rasterize_points import Fragments, rasterize_points
+from .upfirdn2d import upfirdn2d
 
 try:
     __version__ = version("avatar-ops")
 except PackageNotFoundError:
     __version__ = "0+unknown"
 
-__all__ = ["Fragments", "composite_points", "edge_max", "rasterize_points"]
+__all__ = ["Fragments", "bias_act", "composite_points", "edge_max", "rasterize_points", "upfirdn2d"]

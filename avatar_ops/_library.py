@@ -79,6 +79,19 @@ def autocast_to_active(name: str) -> None:
     register_autocast(name, torch.get_autocast_dtype)
 
 
+def autocast_to_input(name: str) -> None:
+    """Runs the op in the dtype of its first input under autocast."""
+    overload = getattr(torch.ops.avatar_ops, name).default
+    for key in ("AutocastCPU", "AutocastCUDA"):
+
+        def run(first, *args, key=key):
+            keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+            with torch._C._ExcludeDispatchKeyGuard(keys):
+                return overload(first, *[t.to(first.dtype) if isinstance(t, Tensor) else t for t in args])
+
+        torch.library.impl(f"{NAMESPACE}::{name}", key, run)
+
+
 def describe(value) -> str:
     """A value in an error message: dtype, shape and device of a tensor, else its repr."""
     if isinstance(value, Tensor):
@@ -94,6 +107,15 @@ def check_floating(name: str, value, like: Tensor | None = None) -> None:
         )
     if like is not None and value.dtype != like.dtype:
         raise TypeError(f"{name}: got dtype {value.dtype}, expected {like.dtype} as the other inputs have")
+
+
+def check_one_dtype(name: str, value: Tensor, **others: Tensor | None) -> None:
+    """TypeError unless all tensors have the dtype of `value`, or autocast is on, which casts them."""
+    if torch.is_autocast_enabled(value.device.type):
+        return
+    for other_name, other in others.items():
+        if other is not None and other.dtype != value.dtype:
+            raise TypeError(f"{other_name}: got dtype {other.dtype}, expected {value.dtype} as {name} has")
 
 
 def check_shape(name: str, value: Tensor, expected: Sequence[int | None], meaning: str) -> None:
