@@ -82,9 +82,7 @@ def rasterize_points(
     """
     check_floating("points", points)
     check_rank("points", points, (2, 3), "(B, N, 3) or (N, 3)")
-    check_shape(
-        "points", points, (*points.shape[:-1], 3), "(B, N, 3)" if points.dim() == 3 else "(N, 3)"
-    )
+    check_shape("points", points, (*points.shape[:-1], 3), "(B, N, 3)" if points.dim() == 3 else "(N, 3)")
     height, width = _check_image_size(image_size)
     _check_size("points_per_pixel", points_per_pixel)
     if isinstance(radius, Tensor):

@@ -47,7 +47,9 @@ def _case(id: str, make=None, **options) -> OpCase:
             Rejection("bias-dtype", changed("bias", lambda t: t.double()), TypeError, "bias: got dtype"),
             Rejection("rank", changed("x", lambda t: t[0, :, 0, 0]), ValueError, r"x: got shape \(5,\)"),
             Rejection("bias-size", changed("bias", lambda t: t[1:]), ValueError, r"bias: got shape \(4,\)"),
-            Rejection("bias-rank", changed("bias", lambda t: t[None]), ValueError, r"bias: got shape \(1, 5\)"),
+            Rejection(
+                "bias-rank", changed("bias", lambda t: t[None]), ValueError, r"bias: got shape \(1, 5\)"
+            ),
             Rejection("device", changed("bias", lambda t: t.to("meta")), ValueError, "bias: got device meta"),
             Rejection("activation", changed("activation", "relu"), ValueError, "activation: got 'relu'"),
             Rejection("gain", changed("gain", "2"), ValueError, "gain: got '2'"),

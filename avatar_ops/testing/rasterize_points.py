@@ -23,7 +23,13 @@ def points_in_view(
 
 
 def _inputs(
-    batch=2, count=150, image_size=IMAGE_SIZE, points_per_pixel=5, radius=None, lengths=None, make=points_in_view
+    batch=2,
+    count=150,
+    image_size=IMAGE_SIZE,
+    points_per_pixel=5,
+    radius=None,
+    lengths=None,
+    make=points_in_view,
 ):
     """radius None: one for each point, some of them covering nothing."""
 
@@ -93,12 +99,16 @@ def _case(id: str, **options) -> OpCase:
             Rejection("image-size-kind", changed("image_size", 21), TypeError, "image_size: got 21"),
             Rejection("image-size-rank", changed("image_size", (21, 37, 3)), ValueError, "image_size"),
             Rejection("image-size-float", changed("image_size", (21, 3.5)), TypeError, "image_size: got 3.5"),
-            Rejection("image-size-negative", changed("image_size", (21, -1)), ValueError, "image_size: got -1"),
+            Rejection(
+                "image-size-negative", changed("image_size", (21, -1)), ValueError, "image_size: got -1"
+            ),
             Rejection("slots-float", changed("points_per_pixel", 2.0), TypeError, "points_per_pixel"),
             Rejection("slots-negative", changed("points_per_pixel", -1), ValueError, "points_per_pixel"),
             Rejection("lengths-dtype", changed("lengths", lambda t: t.float()), TypeError, "lengths"),
             Rejection("lengths-shape", changed("lengths", lambda t: t[:1]), ValueError, "lengths"),
-            Rejection("lengths-high", changed("lengths", lambda t: t + 100), ValueError, r"lengths\[0\] = 220"),
+            Rejection(
+                "lengths-high", changed("lengths", lambda t: t + 100), ValueError, r"lengths\[0\] = 220"
+            ),
             Rejection("lengths-low", changed("lengths", lambda t: -t), ValueError, r"lengths\[0\] = -120"),
         ),
     )

@@ -1,7 +1,5 @@
 """Cases of upfirdn2d."""
 
-import torch
-
 import avatar_ops
 from avatar_ops import reference
 from avatar_ops.testing import OpCase, Rejection, changed, normal
