@@ -99,13 +99,27 @@ def describe(value) -> str:
     return f"{value!r} ({type(value).__name__})"
 
 
-def check_floating(name: str, value, like: Tensor | None = None) -> None:
-    """TypeError unless `value` is a floating tensor, of the dtype of `like` where given."""
+def float32_under_autocast(value: Tensor) -> torch.dtype:
+    """The dtype in which an op gets `value` that runs in float32 under autocast."""
+    half = value.dtype in (torch.float16, torch.bfloat16)
+    return torch.float32 if half and torch.is_autocast_enabled(value.device.type) else value.dtype
+
+
+def check_floating(
+    name: str,
+    value,
+    like: Tensor | None = None,
+    dtype_of: Callable[[Tensor], torch.dtype] = lambda value: value.dtype,
+) -> None:
+    """TypeError unless `value` is a floating tensor, of the dtype of `like` where given.
+
+    `dtype_of` says which dtypes have to agree, where autocast changes them first.
+    """
     if not isinstance(value, Tensor) or value.dtype not in FLOATING:
         raise TypeError(
             f"{name}: got {describe(value)}, expected a float16, bfloat16, float32 or float64 tensor"
         )
-    if like is not None and value.dtype != like.dtype:
+    if like is not None and dtype_of(value) != dtype_of(like):
         raise TypeError(f"{name}: got dtype {value.dtype}, expected {like.dtype} as the other inputs have")
 
 

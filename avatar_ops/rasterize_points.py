@@ -17,6 +17,7 @@ from ._library import (
     check_shape,
     define,
     describe,
+    float32_under_autocast,
     forbid_second_derivative,
 )
 
@@ -86,7 +87,7 @@ def rasterize_points(
     height, width = _check_image_size(image_size)
     _check_size("points_per_pixel", points_per_pixel)
     if isinstance(radius, Tensor):
-        check_floating("radius", radius, points)
+        check_floating("radius", radius, points, float32_under_autocast)
         check_shape("radius", radius, points.shape[:-1], "(B, N)" if points.dim() == 3 else "(N,)")
         check_device("radius", radius, points)
     else:
@@ -127,13 +128,13 @@ def _check_image_size(image_size) -> tuple[int, int]:
 
 
 def _radius_tensor(radius, points: Tensor) -> Tensor:
-    """A tensor of no dimension, so that another number does not compile another graph."""
+    """A tensor of no dimension, from a product: a graph that fills one is compiled for that number alone."""
     if isinstance(radius, bool) or not isinstance(radius, int | float | torch.SymInt | torch.SymFloat):
         raise TypeError(f"radius: got {describe(radius)}, expected a number or a tensor")
     if not radius >= 0:
         raise ValueError(f"radius: got {radius}, expected a number from 0")
     half = points.dtype in (torch.float16, torch.bfloat16)
-    return points.new_full((), radius, dtype=torch.float32 if half else points.dtype)
+    return points.new_ones((), dtype=torch.float32 if half else points.dtype) * radius
 
 
 @torch.library.register_fake("avatar_ops::rasterize_points")
