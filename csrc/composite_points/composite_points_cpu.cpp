@@ -25,12 +25,11 @@ void raise_bad_index(const FirstBad& bad, const Tensor& indices, int64_t num_poi
   if (!bad.found()) return;
   const int64_t height = indices.size(1), width = indices.size(2), k = indices.size(3);
   const int64_t position = bad.position();
-  throw std::out_of_range("composite_points: fragments.indices[" +
-                          std::to_string(position / k / width / height) + ", " +
-                          std::to_string(position / k / width % height) + ", " +
-                          std::to_string(position / k % width) + ", " + std::to_string(position % k) +
-                          "] = " + std::to_string(const_data<int64_t>(indices)[position]) +
-                          "; expected -1 (none) or an index in [0, " + std::to_string(num_points) + ")");
+  throw std::out_of_range(
+      "composite_points: fragments.indices[" + std::to_string(position / k / width / height) + ", " +
+      std::to_string(position / k / width % height) + ", " + std::to_string(position / k % width) + ", " +
+      std::to_string(position % k) + "] = " + std::to_string(const_data<int64_t>(indices)[position]) +
+      "; expected -1 (none) or an index in [0, " + std::to_string(num_points) + ")");
 }
 
 void check_indices(const Tensor& indices, int64_t num_points) {

@@ -151,18 +151,18 @@ void features(const CompositeFeaturesArgs<T>& args, int64_t begin, int64_t end) 
 
 }  // namespace
 
-#define AVATAR_DEFINE(T)                                                                         \
-  int64_t composite_pixels(const CompositeArgs<T>& args, int64_t begin, int64_t end) {           \
-    return composite(args, begin, end);                                                          \
-  }                                                                                              \
-  void composite_alphas(const CompositeAlphasArgs<T>& args, int64_t begin, int64_t end) {        \
-    alphas(args, begin, end);                                                                    \
-  }                                                                                              \
-  void composite_weights(const CompositeWeightsArgs<T>& args, int64_t begin, int64_t end) {      \
-    weights(args, begin, end);                                                                   \
-  }                                                                                              \
-  void composite_features(const CompositeFeaturesArgs<T>& args, int64_t begin, int64_t end) {    \
-    features(args, begin, end);                                                                  \
+#define AVATAR_DEFINE(T)                                                                      \
+  int64_t composite_pixels(const CompositeArgs<T>& args, int64_t begin, int64_t end) {        \
+    return composite(args, begin, end);                                                       \
+  }                                                                                           \
+  void composite_alphas(const CompositeAlphasArgs<T>& args, int64_t begin, int64_t end) {     \
+    alphas(args, begin, end);                                                                 \
+  }                                                                                           \
+  void composite_weights(const CompositeWeightsArgs<T>& args, int64_t begin, int64_t end) {   \
+    weights(args, begin, end);                                                                \
+  }                                                                                           \
+  void composite_features(const CompositeFeaturesArgs<T>& args, int64_t begin, int64_t end) { \
+    features(args, begin, end);                                                               \
   }
 AVATAR_DEFINE(float)
 AVATAR_DEFINE(double)

@@ -52,15 +52,15 @@ struct CompositeFeaturesArgs {
 // composite_pixels: returns the flat position of the first index out of range in pixels [begin, end), or -1.
 // composite_alphas: gradient of alphas in pixels [begin, end).
 // composite_weights, then composite_features for points [begin, end): gradient of features.
-#define AVATAR_DECLARE_TYPE(T)                                                                   \
-  int64_t composite_pixels(const CompositeArgs<T>& args, int64_t begin, int64_t end);            \
-  void composite_alphas(const CompositeAlphasArgs<T>& args, int64_t begin, int64_t end);         \
-  void composite_weights(const CompositeWeightsArgs<T>& args, int64_t begin, int64_t end);       \
+#define AVATAR_DECLARE_TYPE(T)                                                             \
+  int64_t composite_pixels(const CompositeArgs<T>& args, int64_t begin, int64_t end);      \
+  void composite_alphas(const CompositeAlphasArgs<T>& args, int64_t begin, int64_t end);   \
+  void composite_weights(const CompositeWeightsArgs<T>& args, int64_t begin, int64_t end); \
   void composite_features(const CompositeFeaturesArgs<T>& args, int64_t begin, int64_t end);
-#define AVATAR_DECLARE(ISA)     \
-  namespace ISA {               \
-  AVATAR_DECLARE_TYPE(float)    \
-  AVATAR_DECLARE_TYPE(double)   \
+#define AVATAR_DECLARE(ISA)   \
+  namespace ISA {             \
+  AVATAR_DECLARE_TYPE(float)  \
+  AVATAR_DECLARE_TYPE(double) \
   }
 AVATAR_FOR_EACH_ISA(AVATAR_DECLARE)
 #undef AVATAR_DECLARE

@@ -83,8 +83,8 @@ DepthOrder<Index> depth_order(const Cloud<T>& cloud) {
     const int64_t end = std::min(cloud.num_points, (block + 1) * kBlockPoints);
     int64_t visible = 0;
     for (int64_t n = block * kBlockPoints; n < end; ++n) {
-      result.ranges[n] = tile_range(cloud.points + 3 * n, cloud.radius[n * cloud.radius_stride], cloud.height,
-                                    cloud.width);
+      result.ranges[n] =
+          tile_range(cloud.points + 3 * n, cloud.radius[n * cloud.radius_stride], cloud.height, cloud.width);
       visible += !result.ranges[n].empty();
     }
     places[block + 1] = visible;
@@ -128,7 +128,8 @@ class TileGrid {
   // Adds splats [0, count), which are nearer than any added later.
   void add(const Splat<T>* splats, const TileRange* ranges, int64_t count) {
     constexpr int64_t kBlockSplats = 1 << 12, kCountsMax = 1 << 20, kBlocksMax = 16;
-    const int64_t blocks = std::clamp<int64_t>(std::min(count / kBlockSplats, kCountsMax / tiles()), 1, kBlocksMax);
+    const int64_t blocks =
+        std::clamp<int64_t>(std::min(count / kBlockSplats, kCountsMax / tiles()), 1, kBlocksMax);
     const int64_t block_size = (count + blocks - 1) / blocks;
     // For each tile, what each block brings; then where it goes.
     std::vector<int64_t> places(blocks * tiles(), 0);
@@ -144,9 +145,8 @@ class TileGrid {
         }
       }
     };
-    parallel_tasks(blocks, [&](int64_t block) {
-      for_each_pair(block, [](int64_t& place, int64_t) { ++place; });
-    });
+    parallel_tasks(blocks,
+                   [&](int64_t block) { for_each_pair(block, [](int64_t& place, int64_t) { ++place; }); });
     Buffer<int64_t> offsets = buffer<int64_t>(tiles() + 1);
     int64_t total = 0;
     for (int64_t tile = 0; tile < tiles(); ++tile) {
@@ -158,8 +158,7 @@ class TileGrid {
     offsets[tiles()] = total;
     Buffer<int32_t> entries = buffer<int32_t>(total);
     parallel_tasks(blocks, [&](int64_t block) {
-      for_each_pair(block,
-                    [&](int64_t& place, int64_t i) { entries[place++] = static_cast<int32_t>(i); });
+      for_each_pair(block, [&](int64_t& place, int64_t i) { entries[place++] = static_cast<int32_t>(i); });
     });
     parallel_tasks(tiles(), [&](int64_t tile) {
       const int64_t begin = offsets[tile], end = offsets[tile + 1];
@@ -292,7 +291,8 @@ Tensor rasterize_points_backward_cpu(const Tensor& grad_depths_in, const Tensor&
   const Tensor grad_depths = to_compute(grad_depths_in), grad_distances = to_compute(grad_distances_in);
   const int64_t batch = points.size(0), num_points = points.size(1);
   const int64_t height = indices.size(1), width = indices.size(2), k = indices.size(3);
-  const int64_t bad = first_bad_neighbor(const_data<int64_t>(indices), batch * height * width * k, num_points);
+  const int64_t bad =
+      first_bad_neighbor(const_data<int64_t>(indices), batch * height * width * k, num_points);
   if (bad >= 0) {
     throw std::out_of_range("rasterize_points_backward: an index is outside [-1, " +
                             std::to_string(num_points) + ")");

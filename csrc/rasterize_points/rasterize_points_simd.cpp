@@ -92,8 +92,12 @@ void backward_points(const RasterizeBackwardArgs<T>& args, int64_t begin, int64_
 
 }  // namespace
 
-bool rasterize_tile(const RasterizeTileArgs<float>& args) { return tile(args); }
-bool rasterize_tile(const RasterizeTileArgs<double>& args) { return tile(args); }
+bool rasterize_tile(const RasterizeTileArgs<float>& args) {
+  return tile(args);
+}
+bool rasterize_tile(const RasterizeTileArgs<double>& args) {
+  return tile(args);
+}
 void rasterize_backward_points(const RasterizeBackwardArgs<float>& args, int64_t begin, int64_t end) {
   backward_points(args, begin, end);
 }

@@ -45,12 +45,12 @@ struct RasterizeBackwardArgs {
 
 // rasterize_tile: appends the entries to the pixels of a tile; returns whether all its pixels are now full.
 // rasterize_backward_points: gradients of the points [begin, end).
-#define AVATAR_DECLARE(ISA)                                                                                \
-  namespace ISA {                                                                                          \
-  bool rasterize_tile(const RasterizeTileArgs<float>& args);                                               \
-  bool rasterize_tile(const RasterizeTileArgs<double>& args);                                              \
-  void rasterize_backward_points(const RasterizeBackwardArgs<float>& args, int64_t begin, int64_t end);    \
-  void rasterize_backward_points(const RasterizeBackwardArgs<double>& args, int64_t begin, int64_t end);   \
+#define AVATAR_DECLARE(ISA)                                                                              \
+  namespace ISA {                                                                                        \
+  bool rasterize_tile(const RasterizeTileArgs<float>& args);                                             \
+  bool rasterize_tile(const RasterizeTileArgs<double>& args);                                            \
+  void rasterize_backward_points(const RasterizeBackwardArgs<float>& args, int64_t begin, int64_t end);  \
+  void rasterize_backward_points(const RasterizeBackwardArgs<double>& args, int64_t begin, int64_t end); \
   }
 AVATAR_FOR_EACH_ISA(AVATAR_DECLARE)
 #undef AVATAR_DECLARE
