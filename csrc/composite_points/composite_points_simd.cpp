@@ -12,6 +12,15 @@ constexpr int64_t kChannels = 64;
 // Partial sums of a dot product, in a fixed order.
 constexpr int64_t kLanes = 16;
 
+// Slots ahead whose rows are fetched: which rows come next is known, where they are in memory is random.
+constexpr int64_t kAhead = 12;
+constexpr int64_t kCacheLine = 64;
+
+template <typename T>
+inline void prefetch_row(const T* row, int64_t count) {
+  for (int64_t c = 0; c < count; c += kCacheLine / int64_t(sizeof(T))) __builtin_prefetch(row + c);
+}
+
 template <typename T>
 T dot(const T* a, const T* b, int64_t count) {
   T lanes[kLanes] = {};
@@ -52,6 +61,9 @@ int64_t composite(const CompositeArgs<T>& args, int64_t begin, int64_t end) {
         std::fill_n(sum, channels, T(0));
         T through = 1;
         for (int64_t slot = (first + p) * k; slot < (first + p + 1) * k; ++slot) {
+          if (slot + kAhead < end * k && args.indices[slot + kAhead] >= 0) {
+            prefetch_row(args.features + args.indices[slot + kAhead] * args.channels + channel, channels);
+          }
           if (args.indices[slot] < 0) continue;
           const T* features = args.features + args.indices[slot] * args.channels + channel;
           const T weight = args.alphas[slot] * through;
@@ -88,6 +100,9 @@ void alphas(const CompositeAlphasArgs<T>& args, int64_t begin, int64_t end) {
       }
       for (int64_t p = 0; p < pixels; ++p) {
         for (int64_t slot = (first + p) * k; slot < (first + p + 1) * k; ++slot) {
+          if (slot + kAhead < end * k && args.indices[slot + kAhead] >= 0) {
+            prefetch_row(args.features + args.indices[slot + kAhead] * args.channels + channel, channels);
+          }
           if (args.indices[slot] < 0) continue;
           const T* features = args.features + args.indices[slot] * args.channels + channel;
           args.grad_alphas[slot] += dot(gradients[p], features, channels);
@@ -138,10 +153,16 @@ void weights(const CompositeWeightsArgs<T>& args, int64_t begin, int64_t end) {
 
 template <typename T>
 void features(const CompositeFeaturesArgs<T>& args, int64_t begin, int64_t end) {
+  const int64_t all = args.offsets[end];
   for (int64_t n = begin; n < end; ++n) {
     T* sum = args.grad_features + n * args.channels;
     std::fill_n(sum, args.channels, T(0));
     for (int64_t s = args.offsets[n]; s < args.offsets[n + 1]; ++s) {
+      if (s + kAhead < all) {
+        const int64_t slot = args.slots[s + kAhead];
+        prefetch_row(args.grad_pixels + slot / args.k * args.channels, args.channels);
+        __builtin_prefetch(args.weights + slot);
+      }
       const T* gradient = args.grad_pixels + args.slots[s] / args.k * args.channels;
       const T weight = args.weights[args.slots[s]];
       for (int64_t c = 0; c < args.channels; ++c) sum[c] += weight * gradient[c];

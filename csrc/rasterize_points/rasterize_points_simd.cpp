@@ -1,41 +1,68 @@
 #include "rasterize_points/rasterize_points_simd.h"
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 namespace avatar {
 namespace AVATAR_ISA {
 namespace {
 
-// Integers as wide as T, so that comparisons of T and bit masks fill the same vector lanes.
-template <typename T>
-struct BitsOf;
-template <>
-struct BitsOf<float> {
-  using type = uint32_t;
-};
-template <>
-struct BitsOf<double> {
-  using type = uint64_t;
-};
+// Bit i says whether values[i] + addend < limit, for i < kTile.
+#if defined(__AVX512F__)
+uint32_t bits_below(const float* values, float addend, float limit) {
+  const __m512 sums = _mm512_add_ps(_mm512_loadu_ps(values), _mm512_set1_ps(addend));
+  return _mm512_cmp_ps_mask(sums, _mm512_set1_ps(limit), _CMP_LT_OQ);
+}
 
-// Bit i says whether values[i] + addend < limit.
+uint32_t bits_below(const double* values, double addend, double limit) {
+  uint32_t bits = 0;
+  for (int64_t i = 0; i < kTile; i += 8) {
+    const __m512d sums = _mm512_add_pd(_mm512_loadu_pd(values + i), _mm512_set1_pd(addend));
+    bits |= static_cast<uint32_t>(_mm512_cmp_pd_mask(sums, _mm512_set1_pd(limit), _CMP_LT_OQ)) << i;
+  }
+  return bits;
+}
+#elif defined(__AVX2__)
+uint32_t bits_below(const float* values, float addend, float limit) {
+  uint32_t bits = 0;
+  for (int64_t i = 0; i < kTile; i += 8) {
+    const __m256 sums = _mm256_add_ps(_mm256_loadu_ps(values + i), _mm256_set1_ps(addend));
+    const __m256 below = _mm256_cmp_ps(sums, _mm256_set1_ps(limit), _CMP_LT_OQ);
+    bits |= static_cast<uint32_t>(_mm256_movemask_ps(below)) << i;
+  }
+  return bits;
+}
+
+uint32_t bits_below(const double* values, double addend, double limit) {
+  uint32_t bits = 0;
+  for (int64_t i = 0; i < kTile; i += 4) {
+    const __m256d sums = _mm256_add_pd(_mm256_loadu_pd(values + i), _mm256_set1_pd(addend));
+    const __m256d below = _mm256_cmp_pd(sums, _mm256_set1_pd(limit), _CMP_LT_OQ);
+    bits |= static_cast<uint32_t>(_mm256_movemask_pd(below)) << i;
+  }
+  return bits;
+}
+#else
 template <typename T>
 uint32_t bits_below(const T* values, T addend, T limit) {
-  using Bits = typename BitsOf<T>::type;
-  Bits bits = 0;
-  for (int64_t i = 0; i < kTile; ++i) bits |= values[i] + addend < limit ? Bits(1) << i : Bits(0);
-  return static_cast<uint32_t>(bits);
+  uint32_t bits = 0;
+  for (int64_t i = 0; i < kTile; ++i) bits |= static_cast<uint32_t>(values[i] + addend < limit) << i;
+  return bits;
 }
+#endif
 
 template <typename T>
 bool tile(const RasterizeTileArgs<T>& args) {
+  constexpr int64_t kAhead = 16;
   const int64_t k = args.points_per_pixel;
-  // Bit c of open[r] says whether that pixel has a slot left.
-  uint32_t open[kTile] = {};
-  int64_t left = 0;
+  // Bit c of open[r] says whether that pixel has a slot left, bit r of open_rows whether any of the row has.
+  uint32_t open[kTile] = {}, open_rows = 0;
   for (int64_t row = args.first_row; row < args.end_row; ++row) {
     for (int64_t column = args.first_column; column < args.end_column; ++column) {
       if (args.used[row * args.width + column] == k) continue;
       open[row - args.first_row] |= uint32_t(1) << (column - args.first_column);
-      ++left;
+      open_rows |= uint32_t(1) << (row - args.first_row);
     }
   }
   T center_x[kTile], center_y[kTile];
@@ -43,16 +70,16 @@ bool tile(const RasterizeTileArgs<T>& args) {
     center_x[i] = static_cast<T>(args.first_column + i) + T(0.5);
     center_y[i] = static_cast<T>(args.first_row + i) + T(0.5);
   }
-  for (int64_t e = 0; e < args.count && left > 0; ++e) {
+  for (int64_t e = 0; e < args.count && open_rows != 0; ++e) {
+    // A tile's points are far apart in depth order, and their memory too.
+    if (e + kAhead < args.count) __builtin_prefetch(&args.splats[args.entries[e + kAhead]]);
     const Splat<T>& splat = args.splats[args.entries[e]];
     T squared_x[kTile], squared_y[kTile];
-    for (int64_t i = 0; i < kTile; ++i) {
-      const T x = splat.x - center_x[i], y = splat.y - center_y[i];
-      squared_x[i] = x * x;
-      squared_y[i] = y * y;
-    }
-    if (bits_below(squared_x, T(0), splat.limit) == 0) continue;
-    for (uint32_t rows = bits_below(squared_y, T(0), splat.limit); rows != 0; rows &= rows - 1) {
+    for (int64_t i = 0; i < kTile; ++i) squared_y[i] = (splat.y - center_y[i]) * (splat.y - center_y[i]);
+    uint32_t rows = bits_below(squared_y, T(0), splat.limit) & open_rows;
+    if (rows == 0) continue;
+    for (int64_t i = 0; i < kTile; ++i) squared_x[i] = (splat.x - center_x[i]) * (splat.x - center_x[i]);
+    for (; rows != 0; rows &= rows - 1) {
       const int row = __builtin_ctz(rows);
       uint32_t hits = bits_below(squared_x, squared_y[row], splat.limit) & open[row];
       for (; hits != 0; hits &= hits - 1) {
@@ -62,14 +89,13 @@ bool tile(const RasterizeTileArgs<T>& args) {
         args.indices[pixel * k + slot] = splat.index;
         args.depths[pixel * k + slot] = splat.depth;
         args.distances[pixel * k + slot] = squared_x[column] + squared_y[row];
-        if (slot + 1 == k) {
-          open[row] &= ~(uint32_t(1) << column);
-          --left;
-        }
+        if (slot + 1 < k) continue;
+        open[row] &= ~(uint32_t(1) << column);
+        if (open[row] == 0) open_rows &= ~(uint32_t(1) << row);
       }
     }
   }
-  return left == 0;
+  return open_rows == 0;
 }
 
 template <typename T>

@@ -139,3 +139,19 @@ def test_a_splat_is_differentiable_end_to_end():
         return composite_points(found, features, 1 - found.distances / radius**2)
 
     assert torch.autograd.gradcheck(render, (points.requires_grad_(), features.requires_grad_()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_gradients_in_low_precision_are_rounded_once(dtype):
+    indices = torch.randint(-1, 5, (1, 6, 6, 3))
+    features, alphas = torch.rand(1, 5, 3).to(dtype), torch.rand(1, 6, 6, 3).to(dtype)
+    flowing = torch.randn(1, 3, 6, 6).to(dtype), torch.randn(1, 1, 6, 6).to(dtype)
+
+    def gradients(dtype):
+        leaves = [leaf.to(dtype).requires_grad_() for leaf in (features, alphas)]
+        outputs = composite_points(fragments_of(indices), *leaves)
+        return torch.autograd.grad(outputs, leaves, [grad.to(dtype) for grad in flowing])
+
+    for low, wide in zip(gradients(dtype), gradients(torch.float32), strict=True):
+        assert low.dtype == dtype
+        assert torch.equal(low, wide.to(dtype))

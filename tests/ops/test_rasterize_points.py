@@ -211,3 +211,16 @@ def test_fragments_are_saved_and_loaded_without_trust():
     loaded = torch.load(file, weights_only=True)
     assert isinstance(loaded, Fragments)
     assert all(map(torch.equal, loaded, found))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_gradients_in_low_precision_are_rounded_once(dtype):
+    points = (torch.rand(1, 30, 3) * 8).to(dtype)
+    flowing = torch.randn(1, 8, 8, 4).to(dtype)
+
+    def gradient(dtype):
+        leaf = points.to(dtype).requires_grad_()
+        found = rasterize_points(leaf, (8, 8), 1.5, 4)
+        return torch.autograd.grad(found[1:], leaf, [flowing.to(dtype)] * 2)[0]
+
+    assert torch.equal(gradient(dtype), gradient(torch.float32).to(dtype))
