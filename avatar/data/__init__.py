@@ -1,0 +1,3 @@
+from avatar.data.point_avatar import Frames, load_frames
+
+__all__ = ["Frames", "load_frames"]

@@ -1,0 +1,204 @@
+"""Reader of the PointAvatar dataset layout.
+
+    ROOT/SUBJECT/SUBJECT/VIDEO/{image,mask,semantic}/K.png    (K from 1; semantic is optional)
+    ROOT/SUBJECT/SUBJECT/VIDEO/flame_params.json
+        frames: [{file_path "./image/K", world_mat 3 x 4, expression, pose 15, bbox 4, flame_keypoints}]
+        intrinsics [-f_x, f_y, c_x, c_y] relative to the image, shape_params
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from avatar.errors import AvatarError
+
+PARAMETERS = "flame_params.json"
+# The published recordings; any other subject is split by its folders' names.
+PUBLISHED_SPLITS = {
+    "subject1": {"train": ("MVI_1810", "MVI_1814"), "test": ("MVI_1812",)},
+    "subject2": {"train": ("MVI_1797", "MVI_1801"), "test": ("MVI_1802",)},
+}
+POSE_SIZE = 15
+
+
+@dataclass
+class Frames:
+    """The frames of one split at the working size, composited on white with the soft matte."""
+
+    names: list[str]
+    images: Tensor  # (F, 3, H, W) uint8
+    mattes: Tensor  # (F, 1, H, W) uint8
+    labels: Tensor | None  # (F, 1, H, W) uint8, BiSeNet's 19 classes
+    expression: Tensor  # (F, E)
+    pose: Tensor  # (F, 15)
+    translation: Tensor  # (F, 3)
+    intrinsics: Tensor  # (F, 4)
+    shape: Tensor  # (S,)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        return tuple(self.images.shape[-2:])
+
+    def image(self, index: Tensor) -> Tensor:
+        """Frames as (B, 3, H, W) in [0, 1]."""
+        return self.images[index].float() / 255
+
+    def matte(self, index: Tensor) -> Tensor:
+        return self.mattes[index].float() / 255
+
+    def to(self, device: torch.device) -> "Frames":
+        moved = {
+            name: value.to(device) if isinstance(value, Tensor) else value for name, value in vars(self).items()
+        }
+        return Frames(**moved)
+
+
+def find_videos(root: Path) -> list[Path]:
+    """Folders that hold a flame_params.json, up to three levels below `root`, in order of their names."""
+    if not root.is_dir():
+        raise AvatarError(f"{root}: no such folder")
+    patterns = ("*", "*/*", "*/*/*")
+    videos = [path.parent for pattern in patterns for path in root.glob(f"{pattern}/{PARAMETERS}")]
+    if not videos:
+        raise AvatarError(f"{root}: no SUBJECT/SUBJECT/VIDEO/{PARAMETERS} below it")
+    subjects = {video.parent for video in videos}
+    if len(subjects) > 1:
+        names = ", ".join(sorted(str(subject.relative_to(root)) for subject in subjects))
+        raise AvatarError(f"{root}: holds several subjects ({names}); name one of them")
+    return sorted(videos)
+
+
+def split_videos(root: Path, split: str) -> list[Path]:
+    """The videos of a split: the published one where the subject is known, else folders named after it."""
+    videos = find_videos(root)
+    subject = videos[0].parent.name
+    if subject in PUBLISHED_SPLITS:
+        wanted = PUBLISHED_SPLITS[subject].get(split, ())
+        chosen = [video for video in videos if video.name in wanted]
+    elif subject == "subject3":
+        chosen = [video for video in videos if video.name == split]
+    else:
+        chosen = [video for video in videos if video.name.startswith(split)]
+    if not chosen:
+        names = ", ".join(video.name for video in videos)
+        raise AvatarError(f"{root}: no video for the split '{split}' (videos here: {names})")
+    return chosen
+
+
+def load_frames(root: Path, split: str, size: int) -> Frames:
+    """Read a split at `size` x `size`.
+
+    Raises:
+        AvatarError: naming the file, the frame and the field that is missing or wrong.
+    """
+    parts = [_load_video(video, size) for video in split_videos(Path(root), split)]
+    labels = [part.labels for part in parts]
+    tensors = {
+        name: torch.cat([getattr(part, name) for part in parts])
+        for name in ("images", "mattes", "expression", "pose", "translation", "intrinsics")
+    }
+    return Frames(
+        names=[name for part in parts for name in part.names],
+        labels=None if any(label is None for label in labels) else torch.cat(labels),
+        shape=parts[0].shape,
+        **tensors,
+    )
+
+
+def _load_video(video: Path, size: int) -> Frames:
+    path = video / PARAMETERS
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise AvatarError(f"{path}: {error}") from error
+    for field in ("frames", "intrinsics", "shape_params"):
+        if not isinstance(content, dict) or field not in content:
+            raise AvatarError(f"{path}: lacks '{field}'")
+    intrinsics = _numbers(content["intrinsics"], (4,), path, "intrinsics")
+    shape = _numbers(content["shape_params"], (None,), path, "shape_params")
+    if not content["frames"]:
+        raise AvatarError(f"{path}: 'frames' is empty")
+
+    names, images, mattes, labels = [], [], [], []
+    rows: dict[str, list[Tensor]] = {"expression": [], "pose": [], "translation": []}
+    with_labels = (video / "semantic").is_dir()
+    expected = len(content["frames"][0].get("expression", [])) or None
+    for index, frame in enumerate(content["frames"]):
+        where = f"frames[{index}]"
+        for field in ("file_path", "world_mat", "expression", "pose"):
+            if field not in frame:
+                raise AvatarError(f"{path}: {where} lacks '{field}'")
+        rows["expression"].append(_numbers(frame["expression"], (expected,), path, f"{where}.expression"))
+        rows["pose"].append(_numbers(frame["pose"], (POSE_SIZE,), path, f"{where}.pose"))
+        world = _numbers(frame["world_mat"], (3, 4), path, f"{where}.world_mat")
+        rows["translation"].append(world[:, 3])
+
+        name = Path(frame["file_path"]).name
+        names.append(f"{video.name}/{name}")
+        image = _read_image(video / "image" / f"{name}.png", "RGB")
+        matte = _read_image(video / "mask" / f"{name}.png", "L")
+        if image.shape[1:] != matte.shape[1:]:
+            raise AvatarError(f"{video}/mask/{name}.png: {_extent(matte)}, but its image is {_extent(image)}")
+        opacity = matte / 255
+        images.append(_to_bytes(resize(image * opacity + 255 * (1 - opacity), size)))
+        mattes.append(_to_bytes(resize(matte, size)))
+        if with_labels:
+            label = _read_image(video / "semantic" / f"{name}.png", "L")
+            labels.append(F.interpolate(label[None], (size, size), mode="nearest-exact")[0].to(torch.uint8))
+    return Frames(
+        names=names,
+        images=torch.stack(images),
+        mattes=torch.stack(mattes),
+        labels=torch.stack(labels) if with_labels else None,
+        intrinsics=intrinsics.expand(len(names), 4),
+        shape=shape,
+        **{field: torch.stack(values) for field, values in rows.items()},
+    )
+
+
+def resize(image: Tensor, size: int) -> Tensor:
+    """(C, H, W) to (C, size, size): the mean over each new pixel's area, bilinear where it enlarges."""
+    if image.shape[-1] >= size and image.shape[-2] >= size:
+        return F.interpolate(image[None], (size, size), mode="area")[0]
+    return F.interpolate(image[None], (size, size), mode="bilinear", align_corners=False)[0]
+
+
+def _to_bytes(image: Tensor) -> Tensor:
+    return image.round().clamp(0, 255).to(torch.uint8)
+
+
+def _extent(image: Tensor) -> str:
+    return f"{image.shape[-1]} x {image.shape[-2]}"
+
+
+def _numbers(value: object, shape: tuple[int | None, ...], path: Path, field: str) -> Tensor:
+    try:
+        numbers = torch.tensor(value, dtype=torch.float32)
+    except (TypeError, ValueError) as error:
+        raise AvatarError(f"{path}: '{field}' is not an array of numbers ({error})") from error
+    wanted = tuple(numbers.shape[i] if size is None else size for i, size in enumerate(shape[: numbers.dim()]))
+    if tuple(numbers.shape) != wanted or numbers.dim() != len(shape):
+        text = " x ".join("any" if size is None else str(size) for size in shape)
+        got = " x ".join(str(size) for size in numbers.shape)
+        raise AvatarError(f"{path}: '{field}' has {got} numbers, wants {text}")
+    if not numbers.isfinite().all():
+        raise AvatarError(f"{path}: '{field}' holds a value that is not finite")
+    return numbers
+
+
+def _read_image(path: Path, mode: str) -> Tensor:
+    try:
+        with Image.open(path) as image:
+            pixels = np.asarray(image.convert(mode))
+    except OSError as error:
+        raise AvatarError(f"{path}: {error}") from error
+    return torch.from_numpy(np.atleast_3d(pixels).copy()).permute(2, 0, 1).float()

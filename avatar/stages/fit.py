@@ -1,0 +1,347 @@
+"""Stage "fit": a point avatar from tracked frames."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from avatar import losses
+from avatar.checkpoint import (
+    Checkpoint,
+    latest_checkpoint,
+    pack_optimizer,
+    save_checkpoint,
+    unpack_optimizer,
+)
+from avatar.config import FitConfig, RunConfig
+from avatar.data import Frames
+from avatar.errors import AvatarError, Stopped
+from avatar.head import HeadModel
+from avatar.models.point_avatar import PointAvatar
+from avatar.perceptual import VggLoss, WeightsUnavailable
+from avatar.random import keyed_generator
+from avatar.reporting import Reporter
+
+STAGE = "fit"
+MILESTONES = (40, 60)
+EIKONAL_RANGE = 0.25
+
+
+@dataclass
+class Position:
+    """Where training stands. Everything drawn or scheduled follows from it and the seed."""
+
+    step: int = 0
+    epoch: int = 0
+    drawn: int = 0  # frames drawn so far
+    epoch_steps: int = 0  # steps done in this epoch
+    epoch_drawn: int = 0
+    fraction: float = field(default=0.0)  # of the whole schedule
+
+
+class Tracking(nn.Module):
+    """Corrections of each training frame's expression, pose and translation."""
+
+    def __init__(self, frames: Frames):
+        super().__init__()
+        for name in ("expression", "pose", "translation"):
+            start = getattr(frames, name).clone()
+            setattr(self, name, nn.Embedding.from_pretrained(start, freeze=False, sparse=True))
+
+    def forward(self, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.expression(index), self.pose(index), self.translation(index)
+
+
+def create_avatar(config: RunConfig, head: HeadModel, frames: Frames) -> PointAvatar:
+    """An untrained avatar; its weights depend on the seed alone."""
+    if frames.expression.shape[1] != head.num_expressions:
+        raise AvatarError(
+            f"{config.data}: frames have {frames.expression.shape[1]} expression coefficients, "
+            f"the head model {head.num_expressions}"
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return PointAvatar(
+            config.point_avatar,
+            head.with_shape(frames.shape),
+            frames.expression.mean(0),
+            frames.expression.var(0, correction=0),
+            keyed_generator(config.seed, "points"),
+        )
+
+
+def load_avatar(folder: Path, config: RunConfig, head: HeadModel, frames: Frames) -> PointAvatar:
+    """The trained avatar of a run."""
+    checkpoint = latest_checkpoint(folder / "checkpoints", STAGE)
+    if checkpoint is None:
+        raise AvatarError(f"{folder}: holds no checkpoint of the stage '{STAGE}'; train it first")
+    avatar = create_avatar(config, head, frames)
+    _restore_avatar(avatar, checkpoint)
+    return avatar
+
+
+def learning_rate_factor(config: FitConfig, position: Position) -> float:
+    """Decay at a position of the schedule, relative to the base rate."""
+    if config.decay == "linear":
+        return 1 - 0.9 * max(0.0, 2 * position.fraction - 1)
+    if config.decay == "milestones" and not config.rebuild_optimizer:
+        return 0.5 ** sum(position.epoch >= milestone for milestone in MILESTONES)
+    return 1.0
+
+
+def flame_weight(config: FitConfig, epoch: int) -> float:
+    return config.flame * 0.5 ** sum(epoch >= halving for halving in config.flame_halvings)
+
+
+def batch_size(config: FitConfig, points: int) -> int:
+    return max(1, min(config.batch_pixels // points, config.batch_max))
+
+
+def draw_batch(seed: int, position: Position, count: int, frames: int) -> Tensor:
+    """The next `count` frames of an endless row of shuffled passes over all frames."""
+    index = []
+    for place in range(position.drawn, position.drawn + count):
+        turn, within = divmod(place, frames)
+        order = torch.randperm(frames, generator=keyed_generator(seed, "frames", turn))
+        index.append(order[within])
+    return torch.stack(index)
+
+
+def grow(avatar: PointAvatar, generator: torch.Generator, shrink: float) -> Tensor:
+    """Double the points with uniform noise of half a radius either way; returns each point's origin."""
+    points = avatar.points.detach()
+    noise = (torch.rand(points.shape, generator=generator) - 0.5) * avatar.radius
+    avatar.set_points(torch.cat([points, points + noise.to(points.device)]))
+    avatar.radius *= shrink
+    origin = torch.arange(len(points), device=points.device)
+    return torch.cat([origin, origin])
+
+
+def prune(avatar: PointAvatar) -> Tensor:
+    """Drop the points that no frame of the last epoch saw; returns each remaining point's origin."""
+    kept = avatar.visible.nonzero()[:, 0]
+    avatar.set_points(avatar.points.detach()[kept])
+    return kept
+
+
+def perceptual_loss(config: FitConfig, device: torch.device) -> VggLoss | None:
+    if config.vgg == 0:
+        return None
+    try:
+        return VggLoss(size=config.vgg_size).to(device)
+    except WeightsUnavailable as error:
+        raise AvatarError(f"{error}; or train without the perceptual loss: --set fit.vgg=0") from error
+
+
+class Fit:
+    """Model, optimisers and position of one fitting run."""
+
+    def __init__(self, config: RunConfig, avatar: PointAvatar, frames: Frames, device: torch.device):
+        self.config, self.frames = config, frames
+        self.avatar = avatar.to(device)
+        self.tracking = Tracking(frames).to(device)
+        self.device = device
+        self.position = Position()
+        self.optimizer = self._build_optimizer()
+        self.tracking_optimizer = torch.optim.SparseAdam(
+            list(self.tracking.parameters()), lr=config.fit.tracking_rate
+        )
+        self.perceptual = perceptual_loss(config.fit, device)
+
+    def _build_optimizer(self) -> torch.optim.Adam:
+        fit, avatar = self.config.fit, self.avatar
+        networks = [*avatar.sdf.parameters(), *avatar.texture.parameters()]
+        groups = [
+            {"params": [avatar.points], "lr": fit.point_rate, "base_rate": fit.point_rate},
+            {"params": networks, "lr": fit.rate, "base_rate": fit.rate},
+            {"params": list(avatar.deformer.parameters()), "lr": fit.deformer_rate, "base_rate": fit.deformer_rate},
+        ]
+        return torch.optim.Adam(groups, fused=True)
+
+    def _points_replaced(self, origin: Tensor, rebuild: bool) -> None:
+        """Point the optimiser at the new points, with the moments of the points they come from."""
+        if rebuild:
+            self.optimizer = self._build_optimizer()
+            return
+        group = self.optimizer.param_groups[0]
+        state = self.optimizer.state.pop(group["params"][0], {})
+        group["params"][0] = self.avatar.points
+        if state:
+            moved = {key: value[origin] for key, value in state.items() if value.dim()}
+            self.optimizer.state[self.avatar.points] = state | moved
+
+    def start_epoch(self) -> None:
+        """Prune and grow as the schedule says."""
+        fit, epoch, avatar = self.config.fit, self.position.epoch, self.avatar
+        may_prune = fit.prune_from is not None and epoch >= fit.prune_from
+        if may_prune and (fit.prune_until is None or epoch <= fit.prune_until) and avatar.radius >= fit.prune_radius:
+            self._points_replaced(prune(avatar), fit.rebuild_optimizer)
+        if fit.grow_epochs is None:
+            due = epoch > 0 and epoch % fit.grow_every == 0
+        else:
+            due = epoch in fit.grow_epochs
+        if due and avatar.num_points <= fit.max_points // 2:
+            origin = grow(avatar, keyed_generator(self.config.seed, "grow", epoch), fit.grow_shrink)
+            self._points_replaced(origin, fit.rebuild_optimizer)
+        avatar.visible.zero_()
+
+    def finished(self) -> bool:
+        return self.position.epoch >= self.config.fit.epochs
+
+    def total_steps(self) -> int:
+        """Steps of the whole run if the number of points stayed as it is."""
+        fit, position = self.config.fit, self.position
+        per_epoch = fit.steps_per_epoch
+        if per_epoch is None:
+            per_epoch = math.ceil(len(self.frames) / batch_size(fit, self.avatar.num_points))
+        return position.step - position.epoch_steps + (fit.epochs - position.epoch) * per_epoch
+
+    def step(self) -> dict[str, Tensor]:
+        """One optimisation step; returns the losses."""
+        fit, position, avatar = self.config.fit, self.position, self.avatar
+        if position.epoch_steps == 0:
+            self.start_epoch()
+        count = batch_size(fit, avatar.num_points)
+        if fit.steps_per_epoch is None:
+            count = min(count, len(self.frames) - position.epoch_drawn)
+        index = draw_batch(self.config.seed, position, count, len(self.frames)).to(self.device)
+        terms = self._losses(index)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.tracking_optimizer.zero_grad(set_to_none=True)
+        terms["total"].backward()
+        factor = learning_rate_factor(fit, position)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_rate"] * factor
+        self.optimizer.step()
+        if fit.tracking_from is not None and position.epoch >= fit.tracking_from:
+            self.tracking_optimizer.step()
+        self._advance(count)
+        return {name: value.detach() for name, value in terms.items()}
+
+    def _losses(self, index: Tensor) -> dict[str, Tensor]:
+        fit, position, avatar = self.config.fit, self.position, self.avatar
+        frames, seed = self.frames, self.config.seed
+        expression, pose, translation = self.tracking(index)
+        rendering = avatar(expression, pose, translation, frames.intrinsics[index], frames.image_size)
+        avatar.note_visible(rendering)
+        target = frames.image(index)
+        terms = {
+            "rgb": fit.rgb * losses.rgb(rendering.image, target),
+            "mask": fit.mask * losses.mask(rendering.mask, frames.matte(index)),
+            "surface": fit.surface * losses.surface(rendering.sdf),
+            "eikonal": fit.eikonal * losses.eikonal(self._eikonal_gradient(rendering.sdf_gradient, seed)),
+            "flame": flame_weight(fit, position.epoch) * losses.flame(avatar, rendering.fields),
+        }
+        if self.perceptual and position.epoch >= fit.vgg_from and position.step % fit.vgg_every == 0:
+            terms["vgg"] = fit.vgg * fit.vgg_every * self.perceptual(rendering.image, target)
+        terms["total"] = torch.stack(list(terms.values())).sum()
+        return terms
+
+    def _eikonal_gradient(self, at_points: Tensor, seed: int) -> Tensor:
+        """Gradients at the points and as many beside them, or at a draw of both."""
+        avatar = self.avatar
+        generator = keyed_generator(seed, "eikonal", self.position.step)
+        near = avatar.points.detach()
+        if self.config.fit.eikonal_samples is not None:
+            half = max(1, self.config.fit.eikonal_samples // 2)
+            chosen = torch.randint(len(near), (half,), generator=generator).to(self.device)
+            near, at_points = near[chosen], at_points[chosen]
+        noise = (torch.rand(near.shape, generator=generator) * 2 - 1) * EIKONAL_RANGE
+        _, beside = avatar.sdf_and_gradient(near + noise.to(self.device))
+        return torch.cat([at_points, beside])
+
+    def _advance(self, count: int) -> None:
+        fit, position = self.config.fit, self.position
+        position.step += 1
+        position.drawn += count
+        position.epoch_steps += 1
+        position.epoch_drawn += count
+        if fit.steps_per_epoch is None:
+            within = position.epoch_drawn / len(self.frames)
+        else:
+            within = position.epoch_steps / fit.steps_per_epoch
+        if within >= 1:
+            position.epoch, position.epoch_steps, position.epoch_drawn, within = position.epoch + 1, 0, 0, 0.0
+        position.fraction = (position.epoch + within) / fit.epochs
+
+    def checkpoint(self) -> Checkpoint:
+        tensors = {f"avatar.{name}": value for name, value in self.avatar.state_dict().items()}
+        tensors |= {f"tracking.{name}": value for name, value in self.tracking.state_dict().items()}
+        moments, numbers = pack_optimizer("optimizer", self.optimizer)
+        sparse_moments, sparse_numbers = pack_optimizer("tracking_optimizer", self.tracking_optimizer)
+        values = {
+            "position": vars(self.position),
+            "radius": self.avatar.radius,
+            "optimizer": numbers,
+            "tracking_optimizer": sparse_numbers,
+        }
+        return Checkpoint(STAGE, self.position.step, tensors | moments | sparse_moments, values)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        _restore_avatar(self.avatar, checkpoint)
+        self.avatar.to(self.device)
+        self.tracking.load_state_dict(_with_prefix(checkpoint.tensors, "tracking."))
+        self.optimizer = self._build_optimizer()
+        tensors = {name: value.to(self.device) for name, value in checkpoint.tensors.items()}
+        unpack_optimizer("optimizer", self.optimizer, tensors, checkpoint.values["optimizer"])
+        sparse = checkpoint.values["tracking_optimizer"]
+        unpack_optimizer("tracking_optimizer", self.tracking_optimizer, tensors, sparse)
+        self.position = Position(**checkpoint.values["position"])
+
+
+def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _restore_avatar(avatar: PointAvatar, checkpoint: Checkpoint) -> None:
+    state = _with_prefix(checkpoint.tensors, "avatar.")
+    avatar.set_points(state["points"])
+    avatar.load_state_dict(state)
+    avatar.radius = checkpoint.values["radius"]
+
+
+def fit(
+    config: RunConfig,
+    head: HeadModel,
+    frames: Frames,
+    folder: Path,
+    device: torch.device,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> PointAvatar:
+    """Fit a point avatar, going on from the run folder's last checkpoint.
+
+    Raises:
+        Stopped: `should_stop` said so; the state is saved.
+    """
+    frames = frames.to(device)
+    run = Fit(config, create_avatar(config, head, frames.to(torch.device("cpu"))), frames, device)
+    checkpoints = folder / "checkpoints"
+    found = latest_checkpoint(checkpoints, STAGE)
+    if found:
+        run.restore(found)
+    with Reporter(STAGE, folder, run.position.step) as report:
+        while not run.finished():
+            if should_stop():
+                save_checkpoint(checkpoints, run.checkpoint())
+                raise Stopped
+            terms = run.step()
+            step = run.position.step
+            report.progress(step, run.total_steps(), terms, {"points": run.avatar.num_points})
+            if step % config.fit.log_every == 0:
+                report.scalars(step, terms)
+            if step % config.fit.image_every == 0:
+                report.image(step, frames.image(torch.tensor([0])), _preview(run))
+            if step % config.fit.checkpoint_every == 0 or run.finished():
+                save_checkpoint(checkpoints, run.checkpoint())
+    return run.avatar
+
+
+@torch.no_grad()
+def _preview(run: Fit) -> Tensor:
+    index = torch.zeros(1, dtype=torch.int64, device=run.device)
+    expression, pose, translation = run.tracking(index)
+    frames = run.frames
+    return run.avatar(expression, pose, translation, frames.intrinsics[index], frames.image_size).image
