@@ -69,7 +69,9 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> Checkpoin
             header = json.loads((file.metadata() or {})[HEADER])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise AvatarError(f"{path}: not a readable checkpoint ({error}); delete it to use the one before") from error
+        raise AvatarError(
+            f"{path}: not a readable checkpoint ({error}); delete it to use the one before"
+        ) from error
     return Checkpoint(header["stage"], header["step"], tensors, header["values"])
 
 

@@ -1,22 +1,33 @@
-"""The command line: one dataclass per sub-command."""
+"""The command line; config.py holds the sub-commands' options."""
 
+import json
 import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
 
 import torch
 import tyro
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from avatar.checkpoint import write_json
-from avatar.config import Preset, RunConfig, differences, from_json, make_config, to_json
+from avatar.config import (
+    STAGES,
+    DemoCommand,
+    EvaluateCommand,
+    RunConfig,
+    TrainCommand,
+    differences,
+    from_json,
+    make_config,
+    to_json,
+)
 from avatar.data import load_frames
 from avatar.errors import AvatarError, Stopped
 from avatar.evaluate import METRICS, Evaluation, evaluate_avatar, write_comparison, write_metrics
@@ -24,82 +35,46 @@ from avatar.head import HeadModel, embedded_head, load_head
 from avatar.reporting import console
 from avatar.stages import fit as fit_stage
 
-STAGES = ("fit",)
+EMBEDDED = "embedded"
 EMBEDDED_SUBJECT = Path(__file__).parent / "assets" / "subject"
 CONFIG = "config.json"
+PICTURE = "demo.png"
 MODEL_LABELS = {"point_avatar": "point avatar"}
 
 
-@dataclass
-class Common:
-    seed: int = 0
-    device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto takes a GPU where there is one."""
-    set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE", name="set")] = ()
-    """Change options of the preset, for example --set fit.epochs=4 fit.vgg=0."""
-    debug: bool = False
-    """Show the traceback of an error."""
+def run_train(command: TrainCommand) -> None:
+    wanted = parse_stages(command.stages)
+    config = make_config(str(command.data.resolve()), command.preset, command.seed, command.set)
+    train(config, command.out, wanted, choose_device(command.device))
+    print(f"trained {', '.join(wanted)}: {command.out}")
 
 
-@dataclass
-class Train(Common):
-    """Train on a data set in the PointAvatar layout; the same command goes on after a stop."""
-
-    data: tyro.conf.Positional[Path] = field(kw_only=True)
-    """Folder that holds SUBJECT/SUBJECT/VIDEO/flame_params.json."""
-    out: Path = field(kw_only=True)
-    """Run folder."""
-    stages: str = ",".join(STAGES)
-    """Stages to run, separated by commas, in order."""
-    preset: Preset = "small"
-    """small fits two CPU cores in minutes; paper has the published sizes and schedule."""
-
-    def run(self) -> None:
-        wanted = parse_stages(self.stages)
-        config = make_config(str(self.data.resolve()), self.preset, self.seed, self.set)
-        train(config, self.out, wanted, choose_device(self.device))
-        print(f"trained {', '.join(wanted)}: {self.out}")
+def run_evaluate(command: EvaluateCommand) -> None:
+    config = read_config(command.run)
+    if command.data is not None:
+        config = replace(config, data=str(command.data))
+    evaluations, _ = evaluate(config, command.run, command.split, choose_device(command.device))
+    print_table(evaluations, command.split)
+    print(f"wrote {command.run / METRICS}")
 
 
-@dataclass
-class Evaluate:
-    """L1, LPIPS, SSIM and PSNR of every trained model on held-out frames; writes metrics.json."""
-
-    run_folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
-    """Run folder."""
-    split: Literal["test", "train"] = "test"
-    data: Path | None = None
-    """Where the data set is now, if it has moved since training."""
-    device: str = "auto"
-    debug: bool = False
-    """Show the traceback of an error."""
-
-    def run(self) -> None:
-        config = read_config(self.run_folder)
-        if self.data is not None:
-            config = replace(config, data=str(self.data))
-        evaluations, _ = evaluate(config, self.run_folder, self.split, choose_device(self.device))
-        print_table(evaluations, self.split)
-        print(f"wrote {self.run_folder / METRICS}")
+def run_demo(command: DemoCommand) -> None:
+    device = choose_device(command.device)
+    config = make_config(EMBEDDED, "small", command.seed, command.set)
+    train(config, command.out, STAGES, device)
+    evaluations, truth = evaluate(config, command.out, "test", device)
+    rows = {"truth": truth}
+    rows |= {MODEL_LABELS[name]: evaluation.images for name, evaluation in evaluations.items()}
+    write_comparison(command.out / PICTURE, rows)
+    print_table(evaluations, "test")
+    print(f"wrote {command.out / METRICS} and {command.out / PICTURE}")
 
 
-@dataclass
-class Demo(Common):
-    """The whole method, small, on the subject that comes with the package."""
-
-    out: Path = Path("runs/demo")
-    """Run folder."""
-
-    def run(self) -> None:
-        device = choose_device(self.device)
-        config = make_config("embedded", "small", self.seed, self.set)
-        train(config, self.out, STAGES, device)
-        evaluations, truth = evaluate(config, self.out, "test", device)
-        rows = {"truth": truth}
-        rows |= {MODEL_LABELS[name]: evaluation.images for name, evaluation in evaluations.items()}
-        write_comparison(self.out / "demo.png", rows)
-        print_table(evaluations, "test")
-        print(f"wrote {self.out / METRICS} and {self.out / 'demo.png'}")
+COMMANDS = {
+    "demo": (DemoCommand, run_demo),
+    "train": (TrainCommand, run_train),
+    "evaluate": (EvaluateCommand, run_evaluate),
+}
 
 
 def parse_stages(text: str) -> tuple[str, ...]:
@@ -122,21 +97,21 @@ def choose_device(name: str) -> torch.device:
 
 
 def data_folder(config: RunConfig) -> Path:
-    return EMBEDDED_SUBJECT if config.data == "embedded" else Path(config.data)
+    return EMBEDDED_SUBJECT if config.data == EMBEDDED else Path(config.data)
 
 
 def head_of(config: RunConfig) -> HeadModel:
-    return embedded_head() if config.head == "embedded" else load_head(Path(config.head))
+    return embedded_head() if config.head == EMBEDDED else load_head(Path(config.head))
 
 
 def read_config(folder: Path) -> RunConfig:
-    import json
-
     path = folder / CONFIG
     try:
         return from_json(json.loads(path.read_text()), str(path))
     except (OSError, ValueError) as error:
-        raise AvatarError(f"{path}: {getattr(error, 'strerror', None) or error} (is {folder} a run folder?)") from error
+        raise AvatarError(
+            f"{path}: {getattr(error, 'strerror', None) or error} (is {folder} a run folder?)"
+        ) from error
 
 
 def claim_folder(folder: Path, config: RunConfig) -> None:
@@ -181,12 +156,15 @@ def print_table(evaluations: dict[str, Evaluation], split: str) -> None:
     for name in ("L1", "LPIPS", "SSIM", "PSNR"):
         table.add_column(name, justify="right")
     for name, evaluation in evaluations.items():
-        for label, values in ((MODEL_LABELS[name], evaluation.values), ("  no cloth", evaluation.values["no_cloth"])):
+        for label, values in (
+            (MODEL_LABELS[name], evaluation.values),
+            ("  no cloth", evaluation.values["no_cloth"]),
+        ):
             if values is not None:
                 cells = [(values["l1"], 4), (values["lpips"], 4), (values["ssim"], 4), (values["psnr"], 2)]
-                table.add_row(label, *("-" if value is None else f"{value:.{digits}f}" for value, digits in cells))
-    from rich.console import Console
-
+                table.add_row(
+                    label, *("-" if value is None else f"{value:.{digits}f}" for value, digits in cells)
+                )
     Console(highlight=False).print(table)
 
 
@@ -194,12 +172,14 @@ def print_table(evaluations: dict[str, Evaluation], split: str) -> None:
 def reproducible() -> Iterator[None]:
     """Deterministic kernels while training: a resumed run then equals an undisturbed one bit for bit."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    before = torch.are_deterministic_algorithms_enabled()
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.use_deterministic_algorithms(before[0])
+        torch.utils.deterministic.fill_uninitialized_memory = before[1]
 
 
 @contextmanager
@@ -226,12 +206,15 @@ def stop_on_signal():
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns its exit status."""
-    commands = {"demo": Demo, "train": Train, "evaluate": Evaluate}
     command = tyro.extras.subcommand_cli_from_dict(
-        commands, prog="avatar", description="Head avatars from monocular video.", args=arguments
+        {name: kind for name, (kind, _) in COMMANDS.items()},
+        prog="avatar",
+        description="Head avatars from monocular video.",
+        args=arguments,
     )
+    run = next(run for kind, run in COMMANDS.values() if isinstance(command, kind))
     try:
-        command.run()
+        run(command)
     except AvatarError as error:
         return fail(str(error), command.debug)
     except (Stopped, KeyboardInterrupt):

@@ -1,4 +1,4 @@
-"""Every option of a training run, with the two presets."""
+"""Options: of the commands and of a training run, with the two presets."""
 
 import dataclasses
 import json
@@ -6,11 +6,63 @@ import math
 import types
 import typing
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
 
 from avatar.errors import AvatarError
 
 Preset = Literal["small", "paper"]
+STAGES = ("fit",)
+
+
+@dataclass
+class Common:
+    seed: int = 0
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto takes a GPU where there is one."""
+    set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE")] = ()
+    """Change options of the preset, for example --set fit.epochs=4 fit.vgg=0."""
+    debug: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Show the traceback of an error."""
+
+
+@dataclass
+class TrainCommand(Common):
+    """Train on a data set in the PointAvatar layout; the same command goes on after a stop."""
+
+    data: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DATA")] = field(kw_only=True)
+    """Folder that holds SUBJECT/SUBJECT/VIDEO/flame_params.json."""
+    out: Path = field(kw_only=True)
+    """Run folder."""
+    stages: str = ",".join(STAGES)
+    """Stages to run, separated by commas."""
+    preset: Preset = "small"
+    """small fits two CPU cores in minutes; paper has the published sizes and schedule."""
+
+
+@dataclass
+class EvaluateCommand:
+    """L1, LPIPS, SSIM and PSNR of every trained model on held-out frames; writes metrics.json."""
+
+    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
+    """Run folder."""
+    split: Literal["test", "train"] = "test"
+    data: Path | None = None
+    """Where the data set is now, if it has moved since training."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto takes a GPU where there is one."""
+    debug: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Show the traceback of an error."""
+
+
+@dataclass
+class DemoCommand(Common):
+    """The whole method, small, on the subject that comes with the package."""
+
+    out: Path = Path("runs/demo")
+    """Run folder."""
 
 
 @dataclass(frozen=True)
@@ -20,10 +72,12 @@ class PointAvatarConfig:
     sdf_width: int = 256
     sdf_layers: int = 10
     sdf_skip: int = 4
+    sdf_frequencies: int = 6
+    """Octaves of the SDF network's positional encoding."""
     deformer_width: int = 128
     texture_widths: tuple[int, ...] = (64, 64)
     deformer: Literal["learned", "head"] = "learned"
-    """learned: fields from scratch, held to the head's; head: the head's own fields plus a learned residual."""
+    """learned: fields from scratch, held to the head's; head: the head's own plus a learned residual."""
     normals: Literal["jacobian", "skinning"] = "jacobian"
     """How normals follow the warp: by its exact inverse Jacobian, or turned by the skinning."""
     points: int = 400
@@ -64,7 +118,7 @@ class FitConfig:
     prune_until: int | None = None
     prune_radius: float = 0.006
     rebuild_optimizer: bool = True
-    """Forget Adam's moments whenever points are pruned, and never decay the rate, as the published code does."""
+    """As published: forget Adam's moments whenever points are pruned, and never decay the rate."""
     rate: float = 1e-4
     point_rate: float = 1e-4
     deformer_rate: float = 1e-4
@@ -196,7 +250,9 @@ def _override(config: Any, path: list[str], text: str, override: str) -> Any:
         try:
             value = _typed(raw, fields[path[0]])
         except (TypeError, ValueError):
-            raise AvatarError(f"--set {override}: '{text}' does not fit {_describe(fields[path[0]])}") from None
+            raise AvatarError(
+                f"--set {override}: '{text}' does not fit {_describe(fields[path[0]])}"
+            ) from None
     return dataclasses.replace(config, **{path[0]: value})
 
 

@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
 from rich.progress import track
 from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from avatar import losses, metrics
 from avatar.checkpoint import write_json
@@ -118,9 +120,6 @@ def write_metrics(folder: Path, split: str, frames: int, models: dict[str, Evalu
 
 def write_comparison(path: Path, rows: dict[str, Tensor], columns: int = 8) -> None:
     """A labelled sheet: one row per model (F, 3, H, W), evenly chosen frames beside each other."""
-    from PIL import Image, ImageDraw, ImageFont
-    from torchvision.transforms.functional import to_pil_image
-
     count, _, height, width = next(iter(rows.values())).shape
     chosen = torch.linspace(0, count - 1, min(columns, count)).round().long()
     font = ImageFont.load_default(max(10, height // 11))
@@ -132,6 +131,4 @@ def write_comparison(path: Path, rows: dict[str, Tensor], columns: int = 8) -> N
         for column, frame in enumerate(chosen.tolist()):
             picture = to_pil_image(images[frame].cpu().clamp(0, 1))
             sheet.paste(picture, (margin + column * width, row * height))
-    from torchvision.transforms.functional import pil_to_tensor
-
     write_png(path, pil_to_tensor(sheet).float() / 255)

@@ -1,9 +1,9 @@
 """Reader of the PointAvatar dataset layout.
 
-    ROOT/SUBJECT/SUBJECT/VIDEO/{image,mask,semantic}/K.png    (K from 1; semantic is optional)
-    ROOT/SUBJECT/SUBJECT/VIDEO/flame_params.json
-        frames: [{file_path "./image/K", world_mat 3 x 4, expression, pose 15, bbox 4, flame_keypoints}]
-        intrinsics [-f_x, f_y, c_x, c_y] relative to the image, shape_params
+ROOT/SUBJECT/SUBJECT/VIDEO/{image,mask,semantic}/K.png    (K from 1; semantic is optional)
+ROOT/SUBJECT/SUBJECT/VIDEO/flame_params.json
+    frames: [{file_path "./image/K", world_mat 3 x 4, expression, pose 15, bbox 4, flame_keypoints}]
+    intrinsics [-f_x, f_y, c_x, c_y] relative to the image, shape_params
 """
 
 import json
@@ -57,7 +57,8 @@ class Frames:
 
     def to(self, device: torch.device) -> "Frames":
         moved = {
-            name: value.to(device) if isinstance(value, Tensor) else value for name, value in vars(self).items()
+            name: value.to(device) if isinstance(value, Tensor) else value
+            for name, value in vars(self).items()
         }
         return Frames(**moved)
 
@@ -185,7 +186,9 @@ def _numbers(value: object, shape: tuple[int | None, ...], path: Path, field: st
         numbers = torch.tensor(value, dtype=torch.float32)
     except (TypeError, ValueError) as error:
         raise AvatarError(f"{path}: '{field}' is not an array of numbers ({error})") from error
-    wanted = tuple(numbers.shape[i] if size is None else size for i, size in enumerate(shape[: numbers.dim()]))
+    wanted = tuple(
+        numbers.shape[i] if size is None else size for i, size in enumerate(shape[: numbers.dim()])
+    )
     if tuple(numbers.shape) != wanted or numbers.dim() != len(shape):
         text = " x ".join("any" if size is None else str(size) for size in shape)
         got = " x ".join(str(size) for size in numbers.shape)

@@ -46,7 +46,9 @@ class HeadModel(nn.Module):
         vertices = arrays["v_template"]
 
         def keep(name: str, array: np.ndarray, dtype: torch.dtype = torch.float32) -> None:
-            self.register_buffer(name, torch.as_tensor(np.ascontiguousarray(array)).to(dtype), persistent=False)
+            self.register_buffer(
+                name, torch.as_tensor(np.ascontiguousarray(array)).to(dtype), persistent=False
+            )
 
         keep("template", vertices * scale)
         keep("expression_basis", arrays["expressions"] * scale)

@@ -4,6 +4,7 @@ Sizes and initialisation: Zheng et al., PointAvatar, CVPR 2023, and its publishe
 initialisation is Atzmon and Lipman, SAL, CVPR 2020.
 """
 
+import itertools
 import math
 
 import torch
@@ -47,7 +48,9 @@ class SdfNetwork(nn.Module):
     Starts as a sphere of radius `sphere`. The encoded input comes back at layer `skip`.
     """
 
-    def __init__(self, width: int = 256, layers: int = 10, skip: int = 4, frequencies: int = 6, sphere: float = 0.6):
+    def __init__(
+        self, width: int = 256, layers: int = 10, skip: int = 4, frequencies: int = 6, sphere: float = 0.6
+    ):
         super().__init__()
         inputs = 3 + 6 * frequencies
         self.frequencies, self.skip = frequencies, skip
@@ -109,7 +112,7 @@ class TextureNetwork(nn.Module):
         super().__init__()
         sizes = (3, *widths, 3)
         self.layers = nn.ModuleList(
-            weight_norm(nn.Linear(*pair)) for pair in zip(sizes[:-1], sizes[1:], strict=True)
+            weight_norm(nn.Linear(*pair)) for pair in itertools.pairwise(sizes)
         )
 
     def forward(self, normals: Tensor) -> Tensor:

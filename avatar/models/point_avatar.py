@@ -49,9 +49,7 @@ class Rendering:
 def inverse_3x3(matrices: Tensor) -> Tensor:
     """Inverse by the adjugate: (..., 3, 3)."""
     a, b, c = matrices.unbind(-1)
-    rows = torch.stack(
-        [torch.linalg.cross(b, c), torch.linalg.cross(c, a), torch.linalg.cross(a, b)], dim=-2
-    )
+    rows = torch.stack([torch.linalg.cross(b, c), torch.linalg.cross(c, a), torch.linalg.cross(a, b)], dim=-2)
     return rows / (a * rows[..., 0, :]).sum(-1)[..., None, None]
 
 
@@ -134,7 +132,7 @@ class PointAvatar(nn.Module):
             vertices = head(canonical_expression[None], canonical_pose[None])[0]
         self.register_buffer("canonical_vertices", vertices, persistent=False)
 
-        self.sdf = SdfNetwork(config.sdf_width, config.sdf_layers, config.sdf_skip)
+        self.sdf = SdfNetwork(config.sdf_width, config.sdf_layers, config.sdf_skip, config.sdf_frequencies)
         if config.deformer == "head":
             self.deformer = HeadDeformer(head, vertices, config.deformer_width)
         else:
@@ -164,9 +162,7 @@ class PointAvatar(nn.Module):
             (gradient,) = torch.autograd.grad(outputs[:, 0].sum(), points, create_graph=training)
         return (outputs, gradient) if training else (outputs.detach(), gradient)
 
-    def warp(
-        self, points: Tensor, fields: Fields, expression: Tensor, pose: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def warp(self, points: Tensor, fields: Fields, expression: Tensor, pose: Tensor) -> tuple[Tensor, Tensor]:
         """Canonical points to the frames' poses.
 
             x_f = x + o;  x_0 = T_can^-1 x_f - E b_can - P t_can;  x_d = T (x_0 + E b + P t)

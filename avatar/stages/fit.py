@@ -157,7 +157,11 @@ class Fit:
         groups = [
             {"params": [avatar.points], "lr": fit.point_rate, "base_rate": fit.point_rate},
             {"params": networks, "lr": fit.rate, "base_rate": fit.rate},
-            {"params": list(avatar.deformer.parameters()), "lr": fit.deformer_rate, "base_rate": fit.deformer_rate},
+            {
+                "params": list(avatar.deformer.parameters()),
+                "lr": fit.deformer_rate,
+                "base_rate": fit.deformer_rate,
+            },
         ]
         return torch.optim.Adam(groups, fused=True)
 
@@ -177,7 +181,11 @@ class Fit:
         """Prune and grow as the schedule says."""
         fit, epoch, avatar = self.config.fit, self.position.epoch, self.avatar
         may_prune = fit.prune_from is not None and epoch >= fit.prune_from
-        if may_prune and (fit.prune_until is None or epoch <= fit.prune_until) and avatar.radius >= fit.prune_radius:
+        if (
+            may_prune
+            and (fit.prune_until is None or epoch <= fit.prune_until)
+            and avatar.radius >= fit.prune_radius
+        ):
             self._points_replaced(prune(avatar), fit.rebuild_optimizer)
         if fit.grow_epochs is None:
             due = epoch > 0 and epoch % fit.grow_every == 0

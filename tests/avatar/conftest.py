@@ -1,0 +1,93 @@
+"""A tiny data set and configuration, so that whole runs take seconds."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from avatar.camera import project
+from avatar.config import make_config
+from avatar.head import embedded_head
+
+TINY = (
+    "size=32",
+    "point_avatar.points=300",
+    "point_avatar.sdf_width=48",
+    "point_avatar.deformer_width=16",
+    "point_avatar.texture_widths=[8]",
+    "fit.steps_per_epoch=4",
+    "fit.epochs=4",
+    "fit.vgg=0",
+    "fit.eikonal_samples=64",
+    "fit.grow_epochs=[2]",
+    "fit.prune_from=1",
+    "fit.rebuild_optimizer=false",
+    "fit.tracking_from=1",
+    "fit.checkpoint_every=3",
+    "fit.image_every=8",
+    "fit.log_every=4",
+)
+
+
+@pytest.fixture(scope="session")
+def head():
+    return embedded_head()
+
+
+def write_dataset(root, head, *, size=48, frames=(6, 2), seed=0, semantic=True, subject="person"):
+    """Write a data set of dots on white in the PointAvatar layout; returns its parameters per video."""
+    random = np.random.default_rng(seed)
+    intrinsics = [-4.2, 4.2, 0.5, 0.5]
+    written = {}
+    for video, count in zip(("train", "test"), frames, strict=True):
+        folder = root / subject / subject / video
+        for name in ("image", "mask", "semantic") if semantic else ("image", "mask"):
+            (folder / name).mkdir(parents=True)
+        entries = []
+        for number in range(1, count + 1):
+            expression = np.round(random.random(50) * 0.3, 4).tolist()
+            pose = np.round(random.normal(size=15) * 0.1, 4).tolist()
+            translation = [0.0, 0.06, -6.4]
+            vertices = head(torch.tensor([expression]), torch.tensor([pose]))
+            pixels = project(vertices, torch.tensor(intrinsics), torch.tensor([translation]), (size, size))
+            x, y = pixels[0, :, :2].floor().long().clamp(0, size - 1).unbind(-1)
+            image = np.full((size, size, 3), 255, np.uint8)
+            matte = np.zeros((size, size), np.uint8)
+            image[y, x] = np.array([[200, 150, 120], [90, 70, 60], [240, 240, 220], [180, 60, 60], [40, 60, 90]])[
+                head.vertex_parts
+            ]
+            matte[y, x] = 255
+            Image.fromarray(image).save(folder / f"image/{number}.png")
+            Image.fromarray(matte).save(folder / f"mask/{number}.png")
+            if semantic:
+                labels = np.where(np.arange(size)[:, None] > 0.8 * size, 16, 1) * (matte > 0)
+                Image.fromarray(labels.astype(np.uint8)).save(folder / f"semantic/{number}.png")
+            world = np.concatenate([np.eye(3), np.array(translation)[:, None]], 1).tolist()
+            entries.append(
+                {
+                    "file_path": f"./image/{number}",
+                    "world_mat": world,
+                    "expression": expression,
+                    "pose": pose,
+                    "bbox": [-0.5, -0.5, 0.5, 0.5],
+                    "flame_keypoints": [[0.0, 0.0]],
+                }
+            )
+        content = {"frames": entries, "intrinsics": intrinsics, "shape_params": [0.0] * 100}
+        (folder / "flame_params.json").write_text(json.dumps(content))
+        written[video] = content
+    return written
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory, head):
+    root = tmp_path_factory.mktemp("dataset")
+    write_dataset(root, head)
+    return root
+
+
+@pytest.fixture
+def tiny_config(dataset):
+    return make_config(str(dataset), "small", 0, TINY)

@@ -1,0 +1,116 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_dataset
+from PIL import Image
+
+from avatar.cli import EMBEDDED_SUBJECT
+from avatar.data import load_frames
+from avatar.data.point_avatar import resize
+from avatar.errors import AvatarError
+
+
+def test_layout_round_trip(tmp_path, head):
+    written = write_dataset(tmp_path, head)
+    frames = load_frames(tmp_path, "train", 48)
+    entries = written["train"]["frames"]
+    assert len(frames) == 6
+    assert frames.names[0] == "train/1"
+    assert frames.expression.tolist() == torch.tensor([entry["expression"] for entry in entries]).tolist()
+    assert frames.pose.tolist() == torch.tensor([entry["pose"] for entry in entries]).tolist()
+    assert torch.allclose(frames.translation, torch.tensor([0.0, 0.06, -6.4]).expand(6, 3))
+    assert torch.allclose(frames.intrinsics, torch.tensor([-4.2, 4.2, 0.5, 0.5]).expand(6, 4))
+    assert frames.shape.shape == (100,)
+    path = tmp_path / "person/person/train"
+    image = np.asarray(Image.open(path / "image/3.png"))
+    assert np.array_equal(frames.images[2].permute(1, 2, 0).numpy(), image)
+    assert np.array_equal(frames.labels[2, 0].numpy(), np.asarray(Image.open(path / "semantic/3.png")))
+    assert len(load_frames(tmp_path, "test", 48)) == 2
+
+
+def test_frames_are_composited_on_white_with_the_soft_matte(tmp_path, head):
+    write_dataset(tmp_path, head, size=32, frames=(1, 1))
+    folder = tmp_path / "person/person/train"
+    Image.fromarray(np.full((32, 32, 3), 100, np.uint8)).save(folder / "image/1.png")
+    Image.fromarray(np.full((32, 32), 128, np.uint8)).save(folder / "mask/1.png")
+    frames = load_frames(tmp_path, "train", 32)
+    assert (frames.images == round(255 - 155 * 128 / 255)).all()
+    assert (frames.mattes == 128).all()
+
+
+def test_semantic_labels_are_optional(tmp_path, head):
+    write_dataset(tmp_path, head, semantic=False, frames=(1, 1))
+    assert load_frames(tmp_path, "train", 16).labels is None
+
+
+def test_resize_takes_the_mean_of_the_area():
+    image = torch.arange(16.0).view(1, 4, 4)
+    assert resize(image, 2).flatten().tolist() == [2.5, 4.5, 10.5, 12.5]
+    assert resize(image, 8).shape == (1, 8, 8)
+
+
+def test_published_splits_are_known(tmp_path, head):
+    write_dataset(tmp_path, head, frames=(2, 1), semantic=False, subject="subject1")
+    folder = tmp_path / "subject1/subject1"
+    (folder / "train").rename(folder / "MVI_1810")
+    (folder / "test").rename(folder / "MVI_1812")
+    assert len(load_frames(tmp_path, "train", 16)) == 2
+    assert load_frames(folder, "test", 16).names == ["MVI_1812/1"]
+
+
+def test_embedded_subject_has_the_layout():
+    frames = load_frames(EMBEDDED_SUBJECT, "test", 64)
+    assert len(frames) == 24
+    assert frames.expression.shape == (24, 50)
+    assert (frames.images[:, :, 0, 0] == 255).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.pop("intrinsics"), "lacks 'intrinsics'"),
+        (lambda c: c["frames"].clear(), "'frames' is empty"),
+        (lambda c: c["frames"][1].pop("pose"), r"frames\[1\] lacks 'pose'"),
+        (lambda c: c["frames"][1]["pose"].pop(), r"'frames\[1\]\.pose' has 14 numbers, wants 15"),
+        (lambda c: c["frames"][1]["expression"].pop(), r"'frames\[1\]\.expression' has 49 numbers, wants 50"),
+        (lambda c: c["frames"][0].update(world_mat=[[1, 0], [0, 1]]), r"world_mat' has 2 x 2 numbers, wants 3 x 4"),
+        (lambda c: c["frames"][0].update(pose=["a"] * 15), r"frames\[0\]\.pose' is not an array of numbers"),
+        (lambda c: c["frames"][0].update(pose=[float("nan")] * 15), "holds a value that is not finite"),
+        (lambda c: c["frames"][0].update(file_path="./image/77"), r"image/77\.png: .*No such file"),
+    ],
+    ids=lambda value: value[:24] if isinstance(value, str) else "",
+)
+def test_rejects_broken_parameters(tmp_path, head, change, message):
+    content = write_dataset(tmp_path, head, frames=(2, 1), semantic=False)["train"]
+    change(content)
+    path = tmp_path / "person/person/train/flame_params.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(AvatarError, match=message) as caught:
+        load_frames(tmp_path, "train", 16)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_rejects_what_is_no_data_set(tmp_path, head):
+    with pytest.raises(AvatarError, match="no such folder"):
+        load_frames(tmp_path / "none", "train", 16)
+    with pytest.raises(AvatarError, match="no SUBJECT/SUBJECT/VIDEO"):
+        load_frames(tmp_path, "train", 16)
+    write_dataset(tmp_path, head, frames=(1, 1), semantic=False)
+    with pytest.raises(AvatarError, match="no video for the split 'val'"):
+        load_frames(tmp_path, "val", 16)
+    write_dataset(tmp_path, head, frames=(1, 1), semantic=False, subject="other")
+    with pytest.raises(AvatarError, match="several subjects"):
+        load_frames(tmp_path, "train", 16)
+
+
+def test_rejects_broken_pictures(tmp_path, head):
+    write_dataset(tmp_path, head, frames=(1, 1), semantic=False)
+    mask = tmp_path / "person/person/train/mask/1.png"
+    Image.fromarray(np.zeros((20, 30), np.uint8)).save(mask)
+    with pytest.raises(AvatarError, match=r"mask/1\.png: 30 x 20, but its image is 48 x 48"):
+        load_frames(tmp_path, "train", 16)
+    mask.write_bytes(b"no picture")
+    with pytest.raises(AvatarError, match=r"mask/1\.png: cannot identify"):
+        load_frames(tmp_path, "train", 16)
