@@ -4,7 +4,8 @@
 
 INPUT holds image/K.png (256 x 256, rendered over white), mask/K.png and params.json with, per frame, `pose`
 (15), `expression` (50) and `test`. Training and test frames become two videos. Colours are stored straight
-(not premultiplied by the matte), so that compositing them on white gives the rendered frames back.
+(not premultiplied by the matte), so that compositing them on white gives the rendered frames back. Semantic
+labels come from the posed head: hair is what the matte shows beyond it, and the scalp counts as skin.
 """
 
 import argparse
@@ -16,11 +17,16 @@ import numpy as np
 import torch
 from PIL import Image
 
+import avatar_ops
 from avatar.camera import project
-from avatar.head import embedded_head
+from avatar.head import HeadModel, embedded_head
 
 SUBJECT = "embedded"
 FIELD_OF_VIEW = math.radians(13.5)
+# BiSeNet's classes: 1 skin, 4 eye, 11 mouth, 16 cloth, 17 hair.
+LABELS = {"skin": 1, "eyes": 4, "teeth": 11, "tongue": 11, "shirt": 16}
+HAIR = 17
+SURFACE_SAMPLES = 400_000
 CAMERA_DISTANCE, CAMERA_DROP = 1.60, 0.015  # metres, from the head's origin
 
 
@@ -29,6 +35,35 @@ def straight_colors(image: np.ndarray, matte: np.ndarray) -> np.ndarray:
     alpha = matte[..., None].astype(np.float64) / 255
     straight = 255 - (255 - image.astype(np.float64)) / np.maximum(alpha, 1 / 255)
     return np.where(alpha > 0, straight.round().clip(0, 255), 255).astype(np.uint8)
+
+
+class Labeller:
+    """Labels of the visible surface, by samples spread over the head's faces."""
+
+    def __init__(self, head: HeadModel):
+        self.corners = head.faces
+        area = torch.linalg.cross(
+            *(head.template[self.corners][:, [1, 2]] - head.template[self.corners][:, :1]).unbind(1)
+        )
+        generator = torch.Generator().manual_seed(0)
+        self.faces = torch.multinomial(
+            area.norm(dim=1), SURFACE_SAMPLES, replacement=True, generator=generator
+        )
+        shares = -torch.rand(SURFACE_SAMPLES, 3, generator=generator).clamp_min(1e-9).log()
+        self.shares = shares / shares.sum(1, keepdim=True)
+        labels = torch.tensor([LABELS[name] for name in head.part_names], dtype=torch.uint8)
+        self.labels = labels[head.vertex_parts[self.corners[self.faces, 0]]]
+
+    def __call__(self, pixels: torch.Tensor, matte: np.ndarray) -> np.ndarray:
+        """Labels (H, W) for vertices projected to pixels (V, 3); 0 where the matte is empty."""
+        samples = (self.shares[..., None] * pixels[self.corners[self.faces]]).sum(1)
+        result = np.where(matte > 0, HAIR, 0).astype(np.uint8)
+        # Cloth hangs a little over the mesh; hair much more.
+        for radius, wanted in ((3.0, (LABELS["shirt"],)), (0.9, tuple(LABELS.values()))):
+            indices = avatar_ops.rasterize_points(samples, matte.shape, radius, 1).indices[..., 0]
+            label = torch.where(indices >= 0, self.labels[indices.clamp_min(0)], 0).numpy()
+            result = np.where(np.isin(label, wanted) & (matte > 0), label, result)
+        return result
 
 
 def write_png(path: Path, array: np.ndarray) -> None:
@@ -50,6 +85,7 @@ def main() -> None:
     intrinsics = [-focal, focal, 0.5, 0.5]
     translation = [0.0, CAMERA_DROP * head.scale, -CAMERA_DISTANCE * head.scale]
     world_mat = np.concatenate([np.eye(3), np.array(translation)[:, None]], 1).tolist()
+    labeller = Labeller(head)
     face = head.weights[:, 1:].sum(1) > 0.5
     face &= head.template[:, 2] > head.joints[2, 2]
 
@@ -63,9 +99,11 @@ def main() -> None:
         write_png(folder / "image" / name, straight_colors(image, matte))
         write_png(folder / "mask" / name, matte)
 
+        camera = torch.tensor(intrinsics), torch.tensor([translation])
         expression, pose = torch.tensor([frame["expression"]]), torch.tensor([frame["pose"]])
-        posed = project(head(expression, pose), torch.tensor(intrinsics), torch.tensor([translation]), (2, 2))
-        outline = posed[0, face, :2] - 1
+        pixels = project(head(expression, pose), *camera, matte.shape)[0]
+        write_png(folder / "semantic" / name, labeller(pixels, matte))
+        outline = pixels[face, :2] * 2 / torch.tensor(matte.shape[::-1]) - 1
         bounds = torch.cat([outline.amin(0), outline.amax(0)])
         video.append(
             {

@@ -5,6 +5,7 @@ TOG 2017, eq. 2: blendshapes for identity and expression, optional pose correcti
 about five joints (root, neck, jaw, left eye, right eye).
 """
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -74,15 +75,16 @@ class HeadModel(nn.Module):
         return self.pose_basis.shape[-1]
 
     def with_shape(self, shape: Tensor) -> "HeadModel":
-        """Bake identity coefficients (S,) into the template and the joints, in place."""
+        """A copy with identity coefficients (S,) baked into the template and the joints."""
         available = self.shape_basis.shape[-1]
         used = min(len(shape), available)
         if shape[used:].any():
             raise AvatarError(f"shape_params has {len(shape)} coefficients, the head model only {available}")
-        self.template += self.shape_basis[..., :used] @ shape[:used]
+        shaped = copy.deepcopy(self)
+        shaped.template += self.shape_basis[..., :used] @ shape[:used]
         if self.joint_shape_basis.shape[-1]:
-            self.joints += self.joint_shape_basis[..., :used] @ shape[:used]
-        return self
+            shaped.joints += self.joint_shape_basis[..., :used] @ shape[:used]
+        return shaped
 
     def pose_features(self, pose: Tensor) -> Tensor:
         """Rotation matrices of every joint but the root, less identity, flattened: (B, 9 (J - 1))."""

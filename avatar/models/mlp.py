@@ -111,9 +111,7 @@ class TextureNetwork(nn.Module):
     def __init__(self, widths: tuple[int, ...] = (64, 64)):
         super().__init__()
         sizes = (3, *widths, 3)
-        self.layers = nn.ModuleList(
-            weight_norm(nn.Linear(*pair)) for pair in itertools.pairwise(sizes)
-        )
+        self.layers = nn.ModuleList(weight_norm(nn.Linear(*pair)) for pair in itertools.pairwise(sizes))
 
     def forward(self, normals: Tensor) -> Tensor:
         hidden = normals

@@ -62,7 +62,10 @@ class LearnedDeformer(nn.Module):
         blend = 3 * (self.expressions + self.pose_features + 1)
         self.network = DeformerNetwork(blend, len(head.parents) + 1, width)
 
-    def forward(self, points: Tensor) -> Fields:
+    def locate(self, points: Tensor) -> None:
+        """Nothing to look up: the network takes the points as they are."""
+
+    def forward(self, points: Tensor, place: None = None) -> Fields:
         blend, logits = self.network(points)
         pose, expression, offset = blend.split([3 * self.pose_features, 3 * self.expressions, 3], -1)
         weights = torch.softmax(SKINNING_GAIN * logits, -1)
@@ -81,10 +84,14 @@ class HeadDeformer(nn.Module):
         self.register_buffer("vertices", canonical_vertices, persistent=False)
         self.register_buffer("table", torch.cat(tables, 1), persistent=False)
 
-    def forward(self, points: Tensor) -> Fields:
+    def locate(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        """The nearest vertices (N, 3) and their shares (N, 3), by inverse squared distance."""
         distances, neighbors = avatar_ops.knn(self.vertices, self.NEIGHBORS, queries=points.detach())
         shares = 1 / (distances + 1e-6)
-        shares = shares / shares.sum(-1, keepdim=True)
+        return neighbors, shares / shares.sum(-1, keepdim=True)
+
+    def forward(self, points: Tensor, place: tuple[Tensor, Tensor] | None = None) -> Fields:
+        neighbors, shares = self.locate(points) if place is None else place
         values = F.embedding_bag(neighbors, self.table, per_sample_weights=shares, mode="sum")
         learned = self.residual
         sizes = [3 * learned.pose_features, 3 * learned.expressions, self.table.shape[1]]
@@ -183,10 +190,14 @@ class PointAvatar(nn.Module):
         return apply_transforms(transforms, rest + offsets), transforms[..., :3] @ from_canonical
 
     def warp_jacobian(self, points: Tensor, expression: Tensor, pose: Tensor) -> Tensor:
-        """d posed / d canonical, deformer included, by forward-mode differentiation: (B, N, 3, 3)."""
+        """d posed / d canonical, deformer included, by forward-mode differentiation: (B, N, 3, 3).
+
+        The shares of a head deformer's vertices count as constants, as they do in training.
+        """
+        place = self.deformer.locate(points)
 
         def posed(x: Tensor) -> Tensor:
-            return self.warp(x, self.deformer(x), expression, pose)[0]
+            return self.warp(x, self.deformer(x, place), expression, pose)[0]
 
         columns = []
         for axis in range(3):

@@ -55,9 +55,9 @@ def write_dataset(root, head, *, size=48, frames=(6, 2), seed=0, semantic=True, 
             x, y = pixels[0, :, :2].floor().long().clamp(0, size - 1).unbind(-1)
             image = np.full((size, size, 3), 255, np.uint8)
             matte = np.zeros((size, size), np.uint8)
-            image[y, x] = np.array([[200, 150, 120], [90, 70, 60], [240, 240, 220], [180, 60, 60], [40, 60, 90]])[
-                head.vertex_parts
-            ]
+            image[y, x] = np.array(
+                [[200, 150, 120], [90, 70, 60], [240, 240, 220], [180, 60, 60], [40, 60, 90]]
+            )[head.vertex_parts]
             matte[y, x] = 255
             Image.fromarray(image).save(folder / f"image/{number}.png")
             Image.fromarray(matte).save(folder / f"mask/{number}.png")

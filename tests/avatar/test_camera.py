@@ -20,7 +20,9 @@ def test_projection_agrees_with_the_preprocessing_formula():
 
 def test_projection_keeps_right_right_and_up_up():
     points = torch.tensor([[[0.0, 0.0, 0.0], [0.1, 0.0, 0.0], [0.0, 0.1, 0.0], [0.0, 0.0, 0.5]]])
-    pixels = project(points, torch.tensor([-4.0, 4.0, 0.5, 0.5]), torch.tensor([[0.0, 0.0, -4.0]]), (64, 64))[0]
+    pixels = project(points, torch.tensor([-4.0, 4.0, 0.5, 0.5]), torch.tensor([[0.0, 0.0, -4.0]]), (64, 64))[
+        0
+    ]
     assert pixels[0].tolist() == [32, 32, 4]
     assert pixels[1, 0] > 32
     assert pixels[2, 1] < 32

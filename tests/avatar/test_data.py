@@ -75,7 +75,10 @@ def test_embedded_subject_has_the_layout():
         (lambda c: c["frames"][1].pop("pose"), r"frames\[1\] lacks 'pose'"),
         (lambda c: c["frames"][1]["pose"].pop(), r"'frames\[1\]\.pose' has 14 numbers, wants 15"),
         (lambda c: c["frames"][1]["expression"].pop(), r"'frames\[1\]\.expression' has 49 numbers, wants 50"),
-        (lambda c: c["frames"][0].update(world_mat=[[1, 0], [0, 1]]), r"world_mat' has 2 x 2 numbers, wants 3 x 4"),
+        (
+            lambda c: c["frames"][0].update(world_mat=[[1, 0], [0, 1]]),
+            r"world_mat' has 2 x 2 numbers, wants 3 x 4",
+        ),
         (lambda c: c["frames"][0].update(pose=["a"] * 15), r"frames\[0\]\.pose' is not an array of numbers"),
         (lambda c: c["frames"][0].update(pose=[float("nan")] * 15), "holds a value that is not finite"),
         (lambda c: c["frames"][0].update(file_path="./image/77"), r"image/77\.png: .*No such file"),

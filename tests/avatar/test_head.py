@@ -1,5 +1,3 @@
-import copy
-
 import numpy as np
 import pytest
 import torch
@@ -36,7 +34,9 @@ def test_frames_of_a_batch_are_independent(head):
     expression, pose = torch.rand(3, 50), torch.randn(3, 15) * 0.2
     together = head(expression, pose)
     for row in range(3):
-        assert torch.allclose(together[row], head(expression[row : row + 1], pose[row : row + 1])[0], atol=1e-5)
+        assert torch.allclose(
+            together[row], head(expression[row : row + 1], pose[row : row + 1])[0], atol=1e-5
+        )
 
 
 def test_jaw_opens_downwards_and_neck_turns_about_its_joint(head):
@@ -69,15 +69,14 @@ def rotation_generators(vectors):
 
 
 def test_shape_moves_template_and_joints(head):
-    shaped = copy.deepcopy(head)
     shape = torch.zeros(100)
-    assert torch.equal(shaped.with_shape(shape).template, head.template)
+    assert torch.equal(head.with_shape(shape).template, head.template)
     shape[int(head.joint_shape_basis.abs().amax((0, 1)).argmax())] = 1
-    shaped.with_shape(shape)
+    shaped = head.with_shape(shape)
     assert not torch.equal(shaped.template, head.template)
     assert not torch.equal(shaped.joints, head.joints)
     with pytest.raises(AvatarError, match="101 coefficients"):
-        shaped.with_shape(torch.ones(101))
+        head.with_shape(torch.ones(101))
 
 
 def test_pose_correctives_follow_the_rotations():
