@@ -141,10 +141,8 @@ def evaluate(
     config: RunConfig, folder: Path, split: str, device: torch.device
 ) -> tuple[dict[str, Evaluation], torch.Tensor]:
     """Evaluate every trained model of a run; returns the evaluations and the true frames."""
-    training = load_frames(data_folder(config), "train", config.size)
-    frames = training if split == "train" else load_frames(data_folder(config), split, config.size)
-    avatar = fit_stage.load_avatar(folder, config, head_of(config), training).to(device)
-    frames = frames.to(device)
+    avatar = fit_stage.load_avatar(folder, config, head_of(config)).to(device)
+    frames = load_frames(data_folder(config), split, config.size).to(device)
     evaluations = {"point_avatar": evaluate_avatar(avatar, frames, config.evaluate)}
     write_metrics(folder, split, len(frames), evaluations)
     return evaluations, frames.image(torch.arange(len(frames), device=device)).cpu()

@@ -84,7 +84,7 @@ class PointAvatarConfig:
     start: Literal["sphere", "surface"] = "sphere"
     sphere_radius: float = 0.5
     dense_share: float = 5.0
-    """Times as many points on surface that some expression moves by more than 4 mm (start = surface)."""
+    """Times as many points on surface that moves much with expressions, jaw or eyes (start = surface)."""
     radius: float | None = None
     """Splat radius at the start, in [-1, 1] image coordinates; by default 0.3 * 0.75^log2(points / 100)."""
     points_per_pixel: int = 10
@@ -181,17 +181,20 @@ SMALL_POINT_AVATAR = PointAvatarConfig(
     texture_widths=(32, 32),
     deformer="head",
     normals="skinning",
-    points=10000,
+    sdf_frequencies=7,
+    points=7500,
     start="surface",
-    radius=1.9 / 64,
+    dense_share=4.0,
+    radius=0.04,
     jaw_opening=0.12,
 )
 SMALL_FIT = FitConfig(
     epochs=8,
     steps_per_epoch=100,
     batch_max=1,
-    grow_epochs=(),
-    prune_from=None,
+    grow_epochs=(2,),
+    prune_from=1,
+    prune_until=1,
     rebuild_optimizer=False,
     rate=2e-3,
     point_rate=5e-4,

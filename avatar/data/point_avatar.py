@@ -19,7 +19,6 @@ from torch import Tensor
 from avatar.errors import AvatarError
 
 PARAMETERS = "flame_params.json"
-# The published recordings; any other subject is split by its folders' names.
 PUBLISHED_SPLITS = {
     "subject1": {"train": ("MVI_1810", "MVI_1814"), "test": ("MVI_1812",)},
     "subject2": {"train": ("MVI_1797", "MVI_1801"), "test": ("MVI_1802",)},
@@ -79,16 +78,21 @@ def find_videos(root: Path) -> list[Path]:
 
 
 def split_videos(root: Path, split: str) -> list[Path]:
-    """The videos of a split: the published one where the subject is known, else folders named after it."""
+    """The videos of a split.
+
+    Published subjects are split as published. Elsewhere videos are taken by names that begin with "train" or
+    "test"; where none does, the last by name is the test video.
+    """
     videos = find_videos(root)
-    subject = videos[0].parent.name
-    if subject in PUBLISHED_SPLITS:
-        wanted = PUBLISHED_SPLITS[subject].get(split, ())
-        chosen = [video for video in videos if video.name in wanted]
-    elif subject == "subject3":
-        chosen = [video for video in videos if video.name == split]
-    else:
+    published = PUBLISHED_SPLITS.get(videos[0].parent.name)
+    if published:
+        chosen = [video for video in videos if video.name in published.get(split, ())]
+    elif len(videos) == 1 or any(video.name.startswith(("train", "test")) for video in videos):
         chosen = [video for video in videos if video.name.startswith(split)]
+    else:
+        chosen = {"train": videos[:-1], "test": videos[-1:]}.get(split, [])
+    if not chosen and len(videos) == 1 and split == "train":
+        chosen = videos
     if not chosen:
         names = ", ".join(video.name for video in videos)
         raise AvatarError(f"{root}: no video for the split '{split}' (videos here: {names})")

@@ -18,6 +18,7 @@ from avatar.models.mlp import DeformerNetwork, SdfNetwork, TextureNetwork
 SKINNING_GAIN = 20.0
 VISIBLE_WEIGHT = 0.5
 DENSE_MOTION = 0.004  # metres
+NECK = 1
 
 
 @dataclass
@@ -294,12 +295,14 @@ def sample_surface(
 
     Args:
         vertices: (V, 3), the head's vertices in the pose to sample.
-        dense_share: density of faces that some expression moves by more than 4 mm, relative to the rest.
+        dense_share: density of faces that some expression moves by more than 4 mm, or that hang on the jaw
+            or the eyes, relative to the rest.
     """
     corners = vertices[head.faces].cpu()
     area = torch.linalg.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]).norm(dim=-1)
-    motion = head.expression_basis.norm(dim=1).amax(-1)[head.faces].amax(-1).cpu()
-    density = area * torch.where(motion > DENSE_MOTION * head.scale, dense_share, 1.0)
+    moving = head.expression_basis.norm(dim=1).amax(-1) > DENSE_MOTION * head.scale
+    moving |= head.weights[:, NECK + 1 :].sum(-1) > 0.5
+    density = area * torch.where(moving[head.faces].any(-1).cpu(), dense_share, 1.0)
     faces = torch.multinomial(density, count, replacement=True, generator=generator)
     u, v = torch.rand(2, count, generator=generator)
     flip = u + v > 1

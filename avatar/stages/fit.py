@@ -73,12 +73,17 @@ def create_avatar(config: RunConfig, head: HeadModel, frames: Frames) -> PointAv
         )
 
 
-def load_avatar(folder: Path, config: RunConfig, head: HeadModel, frames: Frames) -> PointAvatar:
+def load_avatar(folder: Path, config: RunConfig, head: HeadModel) -> PointAvatar:
     """The trained avatar of a run."""
     checkpoint = latest_checkpoint(folder / "checkpoints", STAGE)
     if checkpoint is None:
         raise AvatarError(f"{folder}: holds no checkpoint of the stage '{STAGE}'; train it first")
-    avatar = create_avatar(config, head, frames)
+    avatar = PointAvatar(
+        config.point_avatar,
+        head.with_shape(torch.tensor(checkpoint.values["shape"])),
+        checkpoint.tensors["avatar.canonical_expression"],
+        checkpoint.tensors["avatar.expression_variance"],
+    )
     _restore_avatar(avatar, checkpoint)
     return avatar
 
@@ -123,6 +128,8 @@ def grow(avatar: PointAvatar, generator: torch.Generator, shrink: float) -> Tens
 def prune(avatar: PointAvatar) -> Tensor:
     """Drop the points that no frame of the last epoch saw; returns each remaining point's origin."""
     kept = avatar.visible.nonzero()[:, 0]
+    if not len(kept):
+        raise AvatarError("no frame shows any of the points: check the data set's world_mat and intrinsics")
     avatar.set_points(avatar.points.detach()[kept])
     return kept
 
@@ -283,6 +290,7 @@ class Fit:
         values = {
             "position": vars(self.position),
             "radius": self.avatar.radius,
+            "shape": self.frames.shape.tolist(),
             "optimizer": numbers,
             "tracking_optimizer": sparse_numbers,
         }

@@ -77,7 +77,7 @@ def test_evaluate_takes_the_split_and_a_moved_data_set(run_folder, tmp_path, hea
 def test_refinement_brings_a_held_out_frame_nearer(run_folder, dataset, head):
     config = cli.read_config(run_folder)
     frames = load_frames(dataset, "test", config.size)
-    avatar = load_avatar(run_folder, config, head, load_frames(dataset, "train", config.size))
+    avatar = load_avatar(run_folder, config, head)
     index = torch.tensor([0])
     errors = []
     for steps in (0, 20):

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -58,6 +59,19 @@ def test_published_splits_are_known(tmp_path, head):
     (folder / "test").rename(folder / "MVI_1812")
     assert len(load_frames(tmp_path, "train", 16)) == 2
     assert load_frames(folder, "test", 16).names == ["MVI_1812/1"]
+
+
+def test_videos_of_other_names_hold_out_the_last(tmp_path, head):
+    write_dataset(tmp_path, head, frames=(2, 1), semantic=False)
+    folder = tmp_path / "person/person"
+    (folder / "train").rename(folder / "b")
+    (folder / "test").rename(folder / "c")
+    assert load_frames(tmp_path, "train", 16).names == ["b/1", "b/2"]
+    assert load_frames(tmp_path, "test", 16).names == ["c/1"]
+    shutil.rmtree(folder / "c")
+    assert len(load_frames(tmp_path, "train", 16)) == 2
+    with pytest.raises(AvatarError, match="no video for the split 'test'"):
+        load_frames(tmp_path, "test", 16)
 
 
 def test_embedded_subject_has_the_layout():

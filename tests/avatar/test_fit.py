@@ -88,6 +88,8 @@ def test_pruning_keeps_what_was_seen(avatar):
     assert prune(avatar).tolist() == [3, 5, 8]
     assert torch.equal(avatar.points, before[[3, 5, 8]])
     assert not avatar.visible.any()
+    with pytest.raises(AvatarError, match="no frame shows any of the points"):
+        prune(avatar)
 
 
 def test_moments_follow_their_points(tiny_config, avatar, frames):
@@ -127,6 +129,18 @@ def test_paper_growth_without_pruning_reaches_the_cap(tiny_config, head, frames)
         409_600,
     )
     assert run.avatar.radius == pytest.approx(0.0095, abs=1e-4)
+
+
+def test_paper_preset_fits_prunes_and_tracks(dataset, frames, tmp_path):
+    overrides = ("size=32", "fit.vgg=0", "fit.epochs=3", "fit.tracking_from=1", "fit.grow_every=2")
+    config = make_config(str(dataset), "paper", 0, overrides)
+    avatar = fit(config, embedded_head(), frames, tmp_path, CPU)
+    step, tensors, values = final_state(tmp_path)
+    assert step == 3
+    assert values["radius"] == pytest.approx(0.16875 * 0.75)
+    assert 0 < avatar.num_points < 800
+    assert not torch.equal(tensors["tracking.pose.weight"], frames.pose)
+    assert all(tensor.isfinite().all() for tensor in tensors.values() if tensor.is_floating_point())
 
 
 def test_schedules_count_epochs():
@@ -182,7 +196,7 @@ def test_tracking_starts_at_its_epoch(tiny_config, frames, avatar):
 def test_pruning_waits_for_an_epoch_and_growth_happens(undisturbed):
     step, tensors, values = undisturbed
     assert step == 16
-    assert values["radius"] == pytest.approx(1.9 / 64 * 0.75)
+    assert values["radius"] == pytest.approx(0.04 * 0.75)
     assert len(tensors["avatar.points"]) < 2 * 300
 
 
@@ -238,7 +252,7 @@ def test_a_finished_run_is_left_alone(dataset, frames, tmp_path, undisturbed):
     for _ in range(2):
         fit(config, embedded_head(), frames, tmp_path, CPU)
         assert_same_state(final_state(tmp_path), undisturbed)
-    restored = load_avatar(tmp_path, config, embedded_head(), frames)
+    restored = load_avatar(tmp_path, config, embedded_head())
     assert torch.equal(restored.points, undisturbed[1]["avatar.points"])
 
 
@@ -253,7 +267,7 @@ def test_reports_land_in_the_run_folder(dataset, frames, tmp_path):
 
 def test_rejects_a_run_without_checkpoint_and_other_heads(tiny_config, head, frames, tmp_path):
     with pytest.raises(AvatarError, match="holds no checkpoint"):
-        load_avatar(tmp_path, tiny_config, head, frames)
+        load_avatar(tmp_path, tiny_config, head)
     short = replace(frames, expression=frames.expression[:, :10])
     with pytest.raises(AvatarError, match="10 expression coefficients, the head model 50"):
         create_avatar(tiny_config, head, short)
