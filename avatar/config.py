@@ -84,7 +84,7 @@ class PointAvatarConfig:
     start: Literal["sphere", "surface"] = "sphere"
     sphere_radius: float = 0.5
     dense_share: float = 5.0
-    """Times as many points on surface that moves much with expressions, jaw or eyes (start = surface)."""
+    """Times as many points on surface that moves much with expressions or eyes (start = surface)."""
     radius: float | None = None
     """Splat radius at the start, in [-1, 1] image coordinates; by default 0.3 * 0.75^log2(points / 100)."""
     points_per_pixel: int = 10
@@ -181,8 +181,7 @@ SMALL_POINT_AVATAR = PointAvatarConfig(
     texture_widths=(32, 32),
     deformer="head",
     normals="skinning",
-    sdf_frequencies=7,
-    points=7500,
+    points=9000,
     start="surface",
     dense_share=4.0,
     radius=0.04,

@@ -18,7 +18,7 @@ from avatar.models.mlp import DeformerNetwork, SdfNetwork, TextureNetwork
 SKINNING_GAIN = 20.0
 VISIBLE_WEIGHT = 0.5
 DENSE_MOTION = 0.004  # metres
-NECK = 1
+JAW = 2
 
 
 @dataclass
@@ -132,7 +132,7 @@ class PointAvatar(nn.Module):
         self.head = head
         self.radius = config.start_radius()
         canonical_pose = torch.zeros(3 * len(head.parents))
-        canonical_pose[6] = config.jaw_opening
+        canonical_pose[3 * JAW] = config.jaw_opening
         self.register_buffer("canonical_expression", canonical_expression.clone())
         self.register_buffer("expression_variance", expression_variance.clone())
         self.register_buffer("canonical_pose", canonical_pose, persistent=False)
@@ -295,13 +295,13 @@ def sample_surface(
 
     Args:
         vertices: (V, 3), the head's vertices in the pose to sample.
-        dense_share: density of faces that some expression moves by more than 4 mm, or that hang on the jaw
-            or the eyes, relative to the rest.
+        dense_share: density of faces that some expression moves by more than 4 mm, or that turn with the
+            eyes, relative to the rest.
     """
     corners = vertices[head.faces].cpu()
     area = torch.linalg.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]).norm(dim=-1)
     moving = head.expression_basis.norm(dim=1).amax(-1) > DENSE_MOTION * head.scale
-    moving |= head.weights[:, NECK + 1 :].sum(-1) > 0.5
+    moving |= head.weights[:, JAW + 1 :].sum(-1) > 0.5
     density = area * torch.where(moving[head.faces].any(-1).cpu(), dense_share, 1.0)
     faces = torch.multinomial(density, count, replacement=True, generator=generator)
     u, v = torch.rand(2, count, generator=generator)
