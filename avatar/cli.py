@@ -122,6 +122,8 @@ def claim_folder(folder: Path, config: RunConfig) -> None:
         if found:
             raise AvatarError(f"{folder}: was trained with another configuration: {'; '.join(found)}")
         return
+    if any((folder / "checkpoints").glob("*")):
+        raise AvatarError(f"{folder}: holds checkpoints but no {CONFIG} that says what they are of")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(path, content)

@@ -168,6 +168,13 @@ def test_another_configuration_is_refused(run_folder, dataset, capsys):
     assert (run_folder / "config.json").read_text() == before
 
 
+def test_checkpoints_without_configuration_are_refused(dataset, tmp_path, capsys):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints/fit-0000003.safetensors").write_text("")
+    assert cli.main(["train", str(dataset), "--out", str(tmp_path), *FAST]) == 1
+    assert "holds checkpoints but no config.json" in error_of(capsys)
+
+
 def test_damaged_configuration_is_named(run_folder, tmp_path, capsys):
     (tmp_path / "config.json").write_text('{"data": "x", "brush": 1}')
     assert cli.main(["evaluate", str(tmp_path)]) == 1
