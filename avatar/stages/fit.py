@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -39,7 +39,8 @@ class Position:
     drawn: int = 0  # frames drawn so far
     epoch_steps: int = 0  # steps done in this epoch
     epoch_drawn: int = 0
-    fraction: float = field(default=0.0)  # of the whole schedule
+    fraction: float = 0.0  # of the whole schedule
+    batch_points: int = 0  # points when they were last doubled, which set the batch
 
 
 class Tracking(nn.Module):
@@ -151,7 +152,7 @@ class Fit:
         self.avatar = avatar.to(device)
         self.tracking = Tracking(frames).to(device)
         self.device = device
-        self.position = Position()
+        self.position = Position(batch_points=avatar.num_points)
         self.optimizer = self._build_optimizer()
         self.tracking_optimizer = torch.optim.SparseAdam(
             list(self.tracking.parameters()), lr=config.fit.tracking_rate
@@ -201,17 +202,18 @@ class Fit:
         if due and avatar.num_points <= fit.max_points // 2:
             origin = grow(avatar, keyed_generator(self.config.seed, "grow", epoch), fit.grow_shrink)
             self._points_replaced(origin, fit.rebuild_optimizer)
+            self.position.batch_points = avatar.num_points
         avatar.visible.zero_()
 
     def finished(self) -> bool:
         return self.position.epoch >= self.config.fit.epochs
 
     def total_steps(self) -> int:
-        """Steps of the whole run if the number of points stayed as it is."""
+        """Steps of the whole run if the batch stayed as it is."""
         fit, position = self.config.fit, self.position
         per_epoch = fit.steps_per_epoch
         if per_epoch is None:
-            per_epoch = math.ceil(len(self.frames) / batch_size(fit, self.avatar.num_points))
+            per_epoch = math.ceil(len(self.frames) / batch_size(fit, position.batch_points))
         return position.step - position.epoch_steps + (fit.epochs - position.epoch) * per_epoch
 
     def step(self) -> dict[str, Tensor]:
@@ -219,7 +221,7 @@ class Fit:
         fit, position, avatar = self.config.fit, self.position, self.avatar
         if position.epoch_steps == 0:
             self.start_epoch()
-        count = batch_size(fit, avatar.num_points)
+        count = batch_size(fit, position.batch_points)
         if fit.steps_per_epoch is None:
             count = min(count, len(self.frames) - position.epoch_drawn)
         index = draw_batch(self.config.seed, position, count, len(self.frames)).to(self.device)

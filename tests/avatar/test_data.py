@@ -7,6 +7,7 @@ import torch
 from conftest import write_dataset
 from PIL import Image
 
+from avatar.camera import project
 from avatar.cli import EMBEDDED_SUBJECT
 from avatar.data import load_frames
 from avatar.data.point_avatar import resize
@@ -79,6 +80,24 @@ def test_embedded_subject_has_the_layout():
     assert len(frames) == 24
     assert frames.expression.shape == (24, 50)
     assert (frames.images[:, :, 0, 0] == 255).all()
+
+
+def test_embedded_head_projects_onto_the_embedded_frames(head):
+    """The layout's camera puts the posed head inside the matte, and its eyes on the labelled eyes."""
+    frames = load_frames(EMBEDDED_SUBJECT, "test", 256)
+    posed = head(frames.expression, frames.pose)
+    pixels = project(posed, frames.intrinsics, frames.translation, frames.image_size)[..., :2].floor().long()
+    skin = head.vertex_parts == head.part_names.index("skin")
+    x, y = pixels[:, skin].clamp(0, 255).unbind(-1)
+    rows = torch.arange(len(frames))[:, None]
+    assert (frames.mattes[rows, 0, y, x] > 0).float().mean() > 0.98
+    eyes = frames.labels[:, 0] == 4
+    open_eyed = eyes.sum((1, 2)) > 30
+    assert open_eyed.sum() > 8
+    for frame in open_eyed.nonzero()[:, 0].tolist():
+        seen = eyes[frame].nonzero().float().mean(0)
+        eyeballs = pixels[frame, head.vertex_parts == head.part_names.index("eyes")].float().mean(0)
+        assert (seen.flip(0) - eyeballs).norm() < 12
 
 
 @pytest.mark.parametrize(
