@@ -1,6 +1,7 @@
 """Render held-out frames and score them."""
 
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +10,15 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from rich.progress import track
 from torch import Tensor
-from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from torchvision.transforms.functional import to_pil_image
 
 from avatar import losses, metrics
-from avatar.checkpoint import write_json
+from avatar.checkpoint import write_bytes, write_json
 from avatar.config import EvaluateConfig
 from avatar.data import Frames
 from avatar.models.point_avatar import PointAvatar
 from avatar.perceptual import WeightsUnavailable
-from avatar.reporting import console, write_png
+from avatar.reporting import console
 
 METRICS = "metrics.json"
 NAMES = ("l1", "lpips", "ssim", "psnr")
@@ -131,4 +132,6 @@ def write_comparison(path: Path, rows: dict[str, Tensor], columns: int = 8) -> N
         for column, frame in enumerate(chosen.tolist()):
             picture = to_pil_image(images[frame].cpu().clamp(0, 1))
             sheet.paste(picture, (margin + column * width, row * height))
-    write_png(path, pil_to_tensor(sheet).float() / 255)
+    content = BytesIO()
+    sheet.save(content, format="PNG")
+    write_bytes(path, content.getvalue())

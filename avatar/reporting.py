@@ -1,6 +1,7 @@
 """What a run shows while it works: a progress bar, tensorboard scalars and pictures."""
 
 import logging
+from io import BytesIO
 from pathlib import Path
 from types import TracebackType
 
@@ -16,7 +17,7 @@ from rich.progress import (
 )
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
-from torchvision.io import encode_png
+from torchvision.transforms.functional import to_pil_image
 
 from avatar.checkpoint import write_bytes
 
@@ -79,4 +80,6 @@ def write_png(path: Path, image: Tensor) -> None:
     """Save (3, H, W) in [0, 1]."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).cpu()
-    write_bytes(path, encode_png(pixels).numpy().tobytes())
+    content = BytesIO()
+    to_pil_image(pixels).save(content, format="PNG")
+    write_bytes(path, content.getvalue())

@@ -218,7 +218,7 @@ class Fit:
 
     def step(self) -> dict[str, Tensor]:
         """One optimisation step; returns the losses."""
-        fit, position, avatar = self.config.fit, self.position, self.avatar
+        fit, position = self.config.fit, self.position
         if position.epoch_steps == 0:
             self.start_epoch()
         count = batch_size(fit, position.batch_points)
