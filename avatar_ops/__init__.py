@@ -2,9 +2,11 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from . import nn
 from .bias_act import bias_act
 from .composite_points import composite_points
 from .edge_max import edge_max
+from .modulated_conv2d import modulated_conv2d
 from .rasterize_points import Fragments, rasterize_points
 from .upfirdn2d import upfirdn2d
 
@@ -13,4 +15,13 @@ try:
 except PackageNotFoundError:
     __version__ = "0+unknown"
 
-__all__ = ["Fragments", "bias_act", "composite_points", "edge_max", "rasterize_points", "upfirdn2d"]
+__all__ = [
+    "Fragments",
+    "bias_act",
+    "composite_points",
+    "edge_max",
+    "modulated_conv2d",
+    "nn",
+    "rasterize_points",
+    "upfirdn2d",
+]

@@ -124,11 +124,12 @@ def check_floating(
 
 
 def check_one_dtype(name: str, value: Tensor, **others: Tensor | None) -> None:
-    """TypeError unless all tensors have the dtype of `value`, or autocast is on, which casts them."""
-    if torch.is_autocast_enabled(value.device.type):
-        return
+    """TypeError unless all tensors have the dtype of `value`, or one that autocast, where on, casts to it."""
+    casts = torch.is_autocast_enabled(value.device.type)
     for other_name, other in others.items():
-        if other is not None and other.dtype != value.dtype:
+        if other is None or other.dtype == value.dtype:
+            continue
+        if not casts or torch.float64 in (other.dtype, value.dtype):
             raise TypeError(f"{other_name}: got dtype {other.dtype}, expected {value.dtype} as {name} has")
 
 

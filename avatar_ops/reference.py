@@ -230,8 +230,15 @@ def modulated_conv2d(
     per_sample = weight.unsqueeze(0) * styles[:, None, :, None, None]
     if demodulate:
         per_sample = per_sample / (per_sample.square().sum((2, 3, 4), keepdim=True) + eps).sqrt()
+    # Torch's convolutions refuse images without channels; one that holds zeros changes nothing.
+    images = x if x.shape[1] else F.pad(x, (0, 0, 0, 0, 0, 1))
+    per_sample = per_sample if x.shape[1] else F.pad(per_sample, (0, 0, 0, 0, 0, 1))
+    outputs = weight.shape[0]
+    per_sample = per_sample if outputs else F.pad(per_sample, (0, 0, 0, 0, 0, 0, 0, 1))
+    # No image at all splits into one part without images.
+    filters = per_sample if x.shape[0] else per_sample.new_zeros(1, *per_sample.shape[1:])
     samples = []
-    for image, w in zip(x.split(1), per_sample, strict=True):
+    for image, w in zip(images.split(1), filters, strict=True):
         if up == 2:
             z = F.conv_transpose2d(image, w.flip(2, 3).transpose(0, 1), stride=2)
             a, b = p + (n + 1) // 2 - (k - 1), p + (n - 2) // 2 - (k - 2)
@@ -241,7 +248,7 @@ def modulated_conv2d(
             samples.append(F.conv2d(upfirdn2d(image, f, padding=(a, b, a, b)), w, stride=2))
         else:
             samples.append(F.conv2d(image, w, padding=p))
-    y = torch.cat(samples)
+    y = torch.cat(samples)[:, :outputs]
     if noise is not None:
         y = y + noise
     return bias_act(y, bias, activation=activation, gain=gain, clamp=clamp)

@@ -91,7 +91,7 @@ def _(x, f, up, down, x0, x1, y0, y1, flip, gain):
 
 
 def transposed(grad: Tensor, f: Tensor, size, up: int, down: int, sides, flip: bool, gain: float) -> Tensor:
-    """Gradient of the op in its input of spatial size `size`: the reversed filter with up and down swapped."""
+    """Gradient of the op in its input, of spatial `size`: the reversed filter with up and down swapped."""
     x0, _, y0, _ = sides
     taps = (f.shape[-1], f.shape[0])
     before = (taps[0] - 1 - x0, taps[1] - 1 - y0)

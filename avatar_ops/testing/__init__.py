@@ -46,6 +46,8 @@ class OpCase:
     )
     # Under autocast to bfloat16 the floating outputs have this dtype for float32 inputs.
     autocast_dtype: torch.dtype = torch.float32
+    # Whether the op composes torch's own products or convolutions, whose last bits depend on the threads.
+    composes_products: bool = False
     # Inputs that carry the batch dimension and may go without it.
     batched: tuple[str, ...] = ()
     # Of the inputs: bytes that must move and floating-point operations, for rooflines in benchmarks.

@@ -15,12 +15,13 @@ inline T activate(T value, const BiasActRow<T>& row) {
 
 template <typename T, bool kNoise, bool kScaled>
 void forward_loop(const BiasActRow<T>& row_in) {
-  // A copy tells the compiler that stores do not change it.
+  // A copy tells the compiler that stores do not change it; rows are either disjoint or the same.
   const BiasActRow<T> row = row_in;
-  const T* __restrict__ input = row.input;
-  const T* __restrict__ noise = row.noise;
-  T* __restrict__ output = row.output;
-  T* __restrict__ scaled = row.scaled;
+  const T* input = row.input;
+  const T* noise = row.noise;
+  T* output = row.output;
+  T* scaled = row.scaled;
+#pragma GCC ivdep
   for (int64_t i = 0; i < row.size; ++i) {
     const T product = input[i] * row.scale;
     if (kScaled) scaled[i] = product;

@@ -8,6 +8,7 @@
 namespace avatar {
 
 // One image of one channel: value = input * scale + noise + bias, output = clamp(leaky_relu(value) * gain).
+// Either of output and scaled may be input.
 template <typename T>
 struct BiasActRow {
   const T* input;

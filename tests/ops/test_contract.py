@@ -256,7 +256,10 @@ def test_same_bits_for_any_thread_count(case, isa):
         torch.set_num_threads(before)
     for other in results[1:]:
         for a, e in zip(other, results[0], strict=True):
-            assert torch.equal(a.nan_to_num(), e.nan_to_num())
+            if case.composes_products:
+                assert_close(a, e, 1e-5)
+            else:
+                assert torch.equal(a.nan_to_num(), e.nan_to_num())
 
 
 @pytest.mark.parametrize("case", [c for c in MAIN if torch.bfloat16 in c.dtypes], ids=ids)

@@ -1,0 +1,386 @@
+"""StyleGAN2's modulated convolution: schema, public function, CPU kernel, fake, autograd."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._library import (
+    autocast_to_active,
+    check_device,
+    check_floating,
+    check_one_dtype,
+    check_option,
+    check_rank,
+    check_shape,
+    define,
+)
+from .bias_act import activation_options, check_bias, sign_from_output
+from .upfirdn2d import filter_gradient, transposed
+
+# resample_filter sums to 1 and may be of the dtype that x accumulates in; noise is (1 or B, 1, ., .).
+# `demodulated` is the result before noise and bias, for the backward pass; empty unless `keep` is set.
+define(
+    "modulated_conv2d(Tensor x, Tensor weight, Tensor styles, Tensor? resample_filter, Tensor? noise, "
+    "Tensor? bias, bool demodulate, int up, int down, int padding, float slope, float gain, float? clamp, "
+    "float eps, bool keep) -> (Tensor y, Tensor demodulated)"
+)
+define(
+    "modulated_conv2d_epilogue(Tensor(a!) convolution, Tensor(b!)? output, Tensor? scale, Tensor? noise, "
+    "Tensor? bias, float slope, float gain, float? clamp) -> ()"
+)
+
+
+def modulated_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    styles: Tensor,
+    *,
+    demodulate: bool = True,
+    up: int = 1,
+    down: int = 1,
+    padding: int | None = None,
+    resample_filter: Tensor | None = None,
+    noise: Tensor | None = None,
+    bias: Tensor | None = None,
+    activation: str = "linear",
+    gain: float | None = None,
+    clamp: float | None = None,
+    eps: float = 1e-8,
+) -> Tensor:
+    """Convolution whose weight every sample scales by its own styles, with noise, bias and activation.
+
+        w[b, o, i] = styles[b, i] * weight[o, i]
+        w[b, o] /= sqrt(sum(w[b, o]**2) + eps)                                   with demodulate
+        y[b] = clip(activation(conv2d(x[b], w[b]) + noise + bias) * gain, -clamp, clamp)
+
+    With a resampling filter f of n by n taps and p = padding, the convolution is
+    up=2:   conv_transpose2d(x, w flipped, stride=2), then upfirdn2d(f, padding=(a, b, a, b), gain=4),
+            a = p + (n + 1) // 2 - (k - 1), b = p + (n - 2) // 2 - (k - 2);
+    down=2: upfirdn2d(f, padding=(a, b, a, b)), a = p + (n - 1) // 2, b = p + (n - 2) // 2, then
+            conv2d(w, stride=2).
+
+    Args:
+        x: (B, I, H, W) float16, bfloat16, float32 or float64.
+        weight: (O, I, k, k), k odd.
+        styles: (B, I).
+        demodulate: whether each filter of each sample is normalised.
+        up, down: 1 or 2, not both 2; the default sizes are (2H, 2W) and, for even sizes, (H/2, W/2).
+        padding: p >= 0, default k // 2.
+        resample_filter: (n,) separable or (n, n), default [1, 3, 3, 1]; divided by its sum. Unused, but
+            checked, without up and down.
+        noise: broadcastable to (B, 1, H', W').
+        bias: (O,).
+        activation: "linear" or "lrelu" (leaky ReLU with slope 0.2).
+        gain: default sqrt(2) for lrelu, else 1.
+        clamp: the largest magnitude, >= 0, or None.
+        eps: >= 0.
+
+    Returns:
+        (B, O, H', W') in the dtype of x.
+
+    Raises:
+        TypeError: unsupported or mixed dtype.   ValueError: rank, shape, device or option; too small an x.
+
+    Differentiable in everything floating, any number of times. Styles scale the input and norms the output of
+    one convolution with the shared weight; no weight per sample is formed.
+    Source: Karras et al., Analyzing and Improving the Image Quality of StyleGAN, CVPR 2020, sec. 2.2.
+    Reference: reference.modulated_conv2d.
+    """
+    check_floating("x", x)
+    check_floating("weight", weight)
+    check_floating("styles", styles)
+    check_one_dtype("x", x, weight=weight, styles=styles)
+    check_rank("x", x, (4,), "(B, I, H, W)")
+    check_shape("weight", weight, (None, x.shape[1], None, None), "(O, I, k, k)")
+    k = weight.shape[2]
+    if weight.shape[3] != k or k % 2 == 0:
+        raise ValueError(f"weight: got shape {tuple(weight.shape)}, expected (O, I, k, k) with odd k")
+    check_shape("styles", styles, (x.shape[0], x.shape[1]), "(B, I)")
+    check_device("weight", weight, x)
+    check_device("styles", styles, x)
+    for name, factor in (("up", up), ("down", down)):
+        if not isinstance(factor, int):
+            raise ValueError(f"{name}: got {factor!r}, expected 1 or 2")
+        check_option(name, factor, (1, 2))
+    if up == 2 and down == 2:
+        raise ValueError("down: got 2 with up = 2, expected at most one of them")
+    if padding is None:
+        padding = k // 2
+    elif not isinstance(padding, int) or padding < 0:
+        raise ValueError(f"padding: got {padding!r}, expected an integer >= 0 or None")
+    if not eps >= 0:
+        raise ValueError(f"eps: got {eps!r}, expected a number >= 0")
+    slope, gain, clamp = activation_options(activation, gain, clamp)
+    check_bias(bias, x, weight.shape[0])
+    f = _normalised_filter(x, resample_filter, up * down == 2)
+    height, width = output_size(x.shape[2:], k, 0 if f is None else f.shape[0], padding, up, down)
+    if height < 1 or width < 1:
+        raise ValueError(f"x: got shape {tuple(x.shape)}, with which the result would be {height} x {width}")
+    noise = _checked_noise(noise, x, height, width)
+    inputs = [t for t in (x, weight, styles, f, noise, bias) if t is not None]
+    differentiates = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+    keep = differentiates and (demodulate or _activation_needs_input(slope, gain, clamp))
+    y, _ = torch.ops.avatar_ops.modulated_conv2d(
+        x,
+        weight,
+        styles,
+        f,
+        noise,
+        bias,
+        bool(demodulate),
+        up,
+        down,
+        padding,
+        slope,
+        gain,
+        clamp,
+        float(eps),
+        keep,
+    )
+    return y
+
+
+def output_size(size, k: int, taps: int, padding: int, up: int, down: int) -> tuple[int, int]:
+    """Height and width of the result, below 1 where the image is too small."""
+    a, b, _, _ = _sides(k, taps, padding, up)
+    if up == 2:
+        return tuple((length - 1) * 2 + k + a + b - taps + 1 for length in size)
+    if down == 2:
+        return tuple((length + a + b - taps + 1 - k) // 2 + 1 for length in size)
+    return tuple(length + 2 * padding - k + 1 for length in size)
+
+
+def _sides(k: int, taps: int, padding: int, up: int) -> tuple[int, int, int, int]:
+    """Padding of the resampling filter."""
+    if up == 2:
+        a, b = padding + (taps + 1) // 2 - (k - 1), padding + (taps - 2) // 2 - (k - 2)
+    else:
+        a, b = padding + (taps - 1) // 2, padding + (taps - 2) // 2
+    return a, b, a, b
+
+
+def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _normalised_filter(x: Tensor, f: Tensor | None, used: bool) -> Tensor | None:
+    """The checked resampling filter divided by its sum, or None where none is used."""
+    if f is not None:
+        check_floating("resample_filter", f)
+        check_one_dtype("x", x, resample_filter=f)
+        check_device("resample_filter", f, x)
+        if f.dim() not in (1, 2) or f.numel() == 0 or f.shape[0] != f.shape[-1]:
+            raise ValueError(f"resample_filter: got shape {tuple(f.shape)}, expected (n,) or (n, n)")
+    if not used:
+        return None
+    dtype = _accumulate_dtype(x.dtype)
+    if f is None:
+        # [1, 3, 3, 1] / 8, made where it is used: nothing is copied to a device.
+        index = torch.arange(4, device=x.device, dtype=dtype)
+        return (1 + index * (3 - index)) / 8
+    f = f.to(dtype)
+    return f / f.sum()
+
+
+def _checked_noise(noise: Tensor | None, x: Tensor, height: int, width: int) -> Tensor | None:
+    """The noise with four dimensions."""
+    if noise is None:
+        return None
+    check_floating("noise", noise)
+    check_one_dtype("x", x, noise=noise)
+    check_device("noise", noise, x)
+    full = (x.shape[0], 1, height, width)
+    sizes = (1,) * (4 - noise.dim()) + tuple(noise.shape)
+    if noise.dim() > 4 or any(size not in (1, want) for size, want in zip(sizes, full, strict=True)):
+        raise ValueError(
+            f"noise: got shape {tuple(noise.shape)}, expected one broadcastable to (B, 1, H', W') = {full}"
+        )
+    return noise.reshape(sizes)
+
+
+def _activation_needs_input(slope: float, gain: float, clamp: float | None) -> bool:
+    """Whether the derivative of the activation cannot be told from its output."""
+    return not (sign_from_output(gain, clamp) or (slope == 1 and clamp is None))
+
+
+def _transposed_weight(weight: Tensor) -> Tensor:
+    """The weight of conv_transpose2d that up-sampling uses."""
+    return weight.flip(2, 3).transpose(0, 1)
+
+
+def _resample(z: Tensor, f: Tensor, sides, gain: float) -> Tensor:
+    return torch.ops.avatar_ops.upfirdn2d(z, f, 1, 1, *sides, False, gain)
+
+
+def _convolve(x: Tensor, weight: Tensor, f: Tensor | None, up: int, down: int, padding: int) -> Tensor:
+    """The convolution with one weight for all samples, with its resampling."""
+    k = weight.shape[2]
+    taps = 0 if f is None else f.shape[0]
+    if x.numel() == 0 or weight.numel() == 0:
+        return x.new_zeros(x.shape[0], weight.shape[0], *output_size(x.shape[2:], k, taps, padding, up, down))
+    sides = _sides(k, taps, padding, up)
+    if up == 2:
+        return _resample(F.conv_transpose2d(x, _transposed_weight(weight), stride=2), f, sides, 4.0)
+    if down == 2:
+        return F.conv2d(_resample(x, f, sides, 1.0), weight, stride=2)
+    return F.conv2d(x, weight, padding=padding)
+
+
+def _convolve_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, f: Tensor | None, up: int, down: int, padding: int, needed
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of _convolve in x, weight and f where `needed`, from differentiable ops."""
+    if x.numel() == 0 or weight.numel() == 0:
+        return torch.zeros_like(x), torch.zeros_like(weight), None if f is None else torch.zeros_like(f)
+    need_x, need_weight, need_f = needed
+    k = weight.shape[2]
+    sides = _sides(k, 0 if f is None else f.shape[0], padding, up)
+    grad_f = None
+
+    def convolution_backward(grad, x, weight, stride, padding, transposed, need_x):
+        if not (need_x or need_weight):
+            return None, None
+        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+            grad, x, weight, None, [stride] * 2, [padding] * 2, [1, 1], transposed, [0, 0], 1,
+            [need_x, need_weight, False],
+        )  # fmt: skip
+        return grad_x if need_x else None, grad_weight if need_weight else None
+
+    if up == 2:
+        size = [(length - 1) * 2 + k for length in x.shape[2:]]
+        if need_f:
+            z = F.conv_transpose2d(x, _transposed_weight(weight), stride=2)
+            grad_f = filter_gradient(grad, z, f, 1, 1, sides, False, 4.0)
+        grad_z = transposed(grad, f, size, 1, 1, sides, False, 4.0)
+        grad_x, grad_weight = convolution_backward(grad_z, x, _transposed_weight(weight), 2, 0, True, need_x)
+        return grad_x, None if grad_weight is None else _transposed_weight(grad_weight), grad_f
+    if down == 2:
+        z = _resample(x, f, sides, 1.0)
+        grad_z, grad_weight = convolution_backward(grad, z, weight, 2, 0, False, need_x or need_f)
+        if need_f:
+            grad_f = filter_gradient(grad_z, x, f, 1, 1, sides, False, 1.0)
+        grad_x = transposed(grad_z, f, x.shape[2:], 1, 1, sides, False, 1.0) if need_x else None
+        return grad_x, grad_weight, grad_f
+    return *convolution_backward(grad, x, weight, 1, padding, False, need_x), None
+
+
+def _energy(weight: Tensor, styles: Tensor, eps: float) -> Tensor:
+    """(B, O): the squared norm of each filter of each sample, plus eps."""
+    return styles.square() @ weight.square().sum((2, 3)).t() + eps
+
+
+def _per_channel(values: Tensor) -> Tensor:
+    return values.unsqueeze(-1).unsqueeze(-1)
+
+
+def _pixel_products(a: Tensor, b: Tensor) -> Tensor:
+    """(B, C): sums over the pixels of a * b, without that product in memory."""
+    return (a.flatten(2).unsqueeze(2) @ b.flatten(2).unsqueeze(3)).flatten(1)
+
+
+# float16 and bfloat16 are widened on the way into the convolution, so nothing overflows between the
+# modulation and the demodulation.
+@torch.library.impl("avatar_ops::modulated_conv2d", "CPU")
+def _(
+    x, weight, styles, f, noise, bias, demodulate, up, down, padding, slope, gain, clamp, eps, keep
+):  # fmt: skip
+    dtype = _accumulate_dtype(x.dtype)
+    weight, styles = weight.to(dtype).contiguous(), styles.to(dtype)
+    z = _convolve(x.contiguous() * _per_channel(styles), weight, f, up, down, padding).contiguous()
+    scale = _energy(weight, styles, eps).rsqrt() if demodulate else None
+    if noise is not None:
+        noise = noise.to(dtype).expand(-1, -1, *z.shape[2:]).contiguous()
+    if bias is not None:
+        bias = bias.to(dtype).contiguous()
+    y = torch.empty_like(z) if keep else None
+    torch.ops.avatar_ops.modulated_conv2d_epilogue(z, y, scale, noise, bias, slope, gain, clamp)
+    if keep:
+        return y.to(x.dtype), z.to(x.dtype)
+    return z.to(x.dtype), x.new_empty(0)
+
+
+@torch.library.register_fake("avatar_ops::modulated_conv2d")
+def _(
+    x, weight, styles, f, noise, bias, demodulate, up, down, padding, slope, gain, clamp, eps, keep
+):  # fmt: skip
+    taps = 0 if f is None else f.shape[0]
+    size = output_size(x.shape[2:], weight.shape[2], taps, padding, up, down)
+    y = x.new_empty(x.shape[0], weight.shape[0], *size)
+    return y, torch.empty_like(y) if keep else x.new_empty(0)
+
+
+@torch.library.register_fake("avatar_ops::modulated_conv2d_epilogue")
+def _(convolution, output, scale, noise, bias, slope, gain, clamp):
+    return None
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, styles, f, noise, bias, *ctx.options = inputs
+    y, demodulated = output
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight, styles, f, noise, bias, y, demodulated)
+
+
+def _backward(ctx, grad_y, grad_demodulated):
+    x, weight, styles, f, noise, bias, y, demodulated = ctx.saved_tensors
+    demodulate, up, down, padding, slope, gain, clamp, eps, keep = ctx.options
+    need_x, need_weight, need_styles, need_f, need_noise, need_bias = ctx.needs_input_grad[:6]
+    in_dtype, dtype = x.dtype, _accumulate_dtype(x.dtype)
+    grad_noise = grad_bias = None
+    with torch.autocast(x.device.type, enabled=False):
+        x, weight, styles = x.to(dtype), weight.to(dtype), styles.to(dtype)
+        modulated = x * _per_channel(styles)
+        energy = _energy(weight, styles, eps) if demodulate else None
+        if not keep and (demodulate or _activation_needs_input(slope, gain, clamp)):
+            demodulated = _convolve(modulated, weight, f, up, down, padding)
+            if demodulate:
+                demodulated = demodulated * _per_channel(energy.rsqrt())
+
+        grad = None if grad_demodulated is None else grad_demodulated.to(dtype)
+        if grad_y is not None:
+            if slope == 1 and clamp is None:
+                saved = shift = None
+            elif sign_from_output(gain, clamp):
+                saved, shift = y, None
+            else:
+                saved, shift = demodulated if noise is None else demodulated + noise, bias
+            grad_value, grad_bias = torch.ops.avatar_ops.bias_act_backward(
+                grad_y.to(dtype), saved, shift, need_bias, slope, gain, clamp
+            )
+            if need_noise:
+                grad_noise = grad_value.sum_to_size(noise.shape)
+            grad = grad_value if grad is None else grad + grad_value
+        if grad is None:
+            return (None,) * 15
+
+        grad_weight = grad_styles = None
+        if demodulate:
+            if need_weight or need_styles:
+                # d rsqrt(energy) = -rsqrt(energy) / (2 energy) d energy, and demodulated holds the rsqrt.
+                grad_energy = -0.5 * _pixel_products(grad, demodulated.to(dtype)) / energy
+            if need_weight:
+                per_filter = grad_energy.t() @ styles.square()
+                grad_weight = 2 * weight * _per_channel(per_filter)
+            if need_styles:
+                grad_styles = 2 * styles * (grad_energy @ weight.square().sum((2, 3)))
+            grad = grad * _per_channel(energy.rsqrt())
+        grad_modulated, through_weight, grad_f = _convolve_backward(
+            grad, modulated, weight, f, up, down, padding, (need_x or need_styles, need_weight, need_f)
+        )
+        if need_weight:
+            grad_weight = through_weight if grad_weight is None else grad_weight + through_weight
+        if need_styles:
+            through_styles = _pixel_products(grad_modulated, x)
+            grad_styles = through_styles if grad_styles is None else grad_styles + through_styles
+        grad_x = grad_modulated * _per_channel(styles) if need_x else None
+    gradients = (grad_x, grad_weight, grad_styles, grad_noise, grad_bias if need_bias else None)
+    grad_x, grad_weight, grad_styles, grad_noise, grad_bias = (
+        None if t is None else t.to(in_dtype) for t in gradients
+    )
+    return grad_x, grad_weight, grad_styles, grad_f, grad_noise, grad_bias, *[None] * 9
+
+
+torch.library.register_autograd("avatar_ops::modulated_conv2d", _backward, setup_context=_setup_context)
+autocast_to_active("modulated_conv2d")
