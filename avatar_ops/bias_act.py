@@ -53,7 +53,7 @@ def bias_act(
     Raises:
         TypeError: unsupported or mixed dtype.   ValueError: rank, shape, device or option.
 
-    Differentiable in x and bias, any number of times; where it was clamped the gradient is 0.
+    Differentiable in x and bias, any number of times; where |y| = clamp the gradient is 0.
     Source: Karras et al., Analyzing and Improving the Image Quality of StyleGAN, CVPR 2020.
     Reference: reference.bias_act.
     """

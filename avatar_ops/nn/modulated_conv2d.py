@@ -86,7 +86,9 @@ class ModulatedConv2d(nn.Module):
                 raise ValueError(f"noise: got {describe(noise)}, expected None: this layer has no noise")
         else:
             if noise is None:
-                size = output_size(x.shape[2:], self.kernel_size, 4, self.kernel_size // 2, self.up, self.down)
+                size = output_size(
+                    x.shape[2:], self.kernel_size, 4, self.kernel_size // 2, self.up, self.down
+                )
                 noise = torch.randn(x.shape[0], 1, *size, dtype=x.dtype, device=x.device)
             noise = noise * self.noise_strength
         return modulated_conv2d(

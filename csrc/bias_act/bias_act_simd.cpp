@@ -50,7 +50,7 @@ T backward_loop(const BiasActBackwardRow<T>& row_in) {
     const T slope = value > 0 ? row.gain : row.gain * row.slope;
     if (!kClamped) return slope;
     const T result = (value > 0 ? value : value * row.slope) * row.gain;
-    return (result >= -row.clamp) & (result <= row.clamp) ? slope : T(0);
+    return (result > -row.clamp) & (result < row.clamp) ? slope : T(0);
   };
   // Several running sums, in an order that is the same for every instruction set.
   constexpr int64_t kLanes = 32;
