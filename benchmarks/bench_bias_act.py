@@ -1,0 +1,44 @@
+"""bias_act against the eager composition and torch.compile of it."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import avatar_ops
+
+
+def ours(x, bias, clamp):
+    return avatar_ops.bias_act(x, bias, activation="lrelu", clamp=clamp)
+
+
+def composed(x, bias, clamp):
+    y = F.leaky_relu(x + bias.view(1, -1, 1, 1), 0.2) * 2**0.5
+    return y if clamp is None else y.clamp(-clamp, clamp)
+
+
+def forward(function, x, bias, clamp):
+    with torch.no_grad():
+        return function(x, bias, clamp)
+
+
+def forward_backward(function, x, bias, clamp):
+    leaves = [x.detach().requires_grad_(), bias.detach().requires_grad_()]
+    y = function(*leaves, clamp)
+    return torch.autograd.grad(y, leaves, y.detach())
+
+
+@pytest.mark.parametrize("clamp", [None, 256.0])
+@pytest.mark.parametrize(("run", "suffix"), [(forward, ""), (forward_backward, " + backward")])
+@pytest.mark.parametrize(("channels", "size"), [(512, 16), (128, 128)])
+def test_bias_act(compare, channels, size, run, suffix, clamp):
+    x, bias = torch.randn(4, channels, size, size), torch.randn(channels)
+    compiled = torch.compile(composed, dynamic=False)
+    compare(
+        f"bias_act {channels}@{size}{' clamp' if clamp else ''}{suffix}",
+        ours=lambda: run(ours, x, bias, clamp),
+        peers={
+            "torch eager": lambda: run(composed, x, bias, clamp),
+            "torch.compile": lambda: run(compiled, x, bias, clamp),
+        },
+        memory=True,
+    )
