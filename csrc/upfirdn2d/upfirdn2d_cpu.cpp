@@ -58,15 +58,22 @@ class PlaneFilter {
         phase_stride_(fir_padded(horizontal.phase_size())),
         width_(phase_stride_ * horizontal.num_phases()),
         origin_(std::numeric_limits<int64_t>::max()) {
-    int64_t last = 0, most_across = 0, most_down = 0;
+    int64_t last = 0, most_down = 0;
     for (const Phase& phase : horizontal.phases) origin_ = std::min(origin_, phase.first);
     for (const Phase& phase : horizontal.phases) {
       last = std::max(last, phase.first + phase.count - origin_);
-      most_across = std::max(most_across, phase.count);
+      most_across_ = std::max(most_across_, phase.count);
     }
     for (const Phase& phase : vertical.phases) most_down = std::max(most_down, phase.count);
     split_stride_ = phase_stride_ + last / horizontal.step + 1;
-    fir_taps_.resize(separable_ ? std::max(most_across, most_down) : most_across * most_down);
+    offsets_.resize(horizontal.num_phases() * most_across_);
+    for (int64_t r = 0; r < horizontal.num_phases(); ++r) {
+      for (int64_t j = 0; j < horizontal.phases[r].count; ++j) {
+        const int64_t offset = horizontal.phases[r].first + j - origin_;
+        offsets_[r * most_across_ + j] = offset % horizontal.step * split_stride_ + offset / horizontal.step;
+      }
+    }
+    fir_taps_.resize(separable_ ? std::max(most_across_, most_down) : most_across_ * most_down);
     sums_.reset(new T[width_]);
     if (separable_) split_.reset(new T[split_stride_ * horizontal.step]);
   }
@@ -103,7 +110,7 @@ class PlaneFilter {
           FirTap<T>* next = fir_taps_.data();
           for (int64_t j = from; j < to; ++j) {
             const T* taps = taps_ + (phase.first_tap - j * vertical_.up) * taps_across_;
-            next = list_taps(horizontal_.phases[r], taps, row_at(j), next);
+            next = list_taps(r, taps, row_at(j), next);
           }
           AVATAR_ISA_CALL(fir_row, fir_taps_.data(), next - fir_taps_.data(), sums_.get() + r * phase_stride_,
                           phase_stride_);
@@ -121,11 +128,12 @@ class PlaneFilter {
     reserved_ = elements;
   }
 
-  FirTap<T>* list_taps(const Phase& phase, const T* taps, const T* split, FirTap<T>* next) const {
+  // The taps of horizontal phase r on a split row; the filter's row holds `taps`.
+  FirTap<T>* list_taps(int64_t r, const T* taps, const T* split, FirTap<T>* next) const {
+    const Phase& phase = horizontal_.phases[r];
+    const int64_t* offsets = offsets_.data() + r * most_across_;
     for (int64_t j = 0; j < phase.count; ++j) {
-      const int64_t offset = phase.first + j - origin_;
-      *next++ = {split + offset % horizontal_.step * split_stride_ + offset / horizontal_.step,
-                 taps[phase.first_tap - j * horizontal_.up]};
+      *next++ = {split + offsets[j], taps[phase.first_tap - j * horizontal_.up]};
     }
     return next;
   }
@@ -139,7 +147,7 @@ class PlaneFilter {
     }
     if (!separable_) return;
     for (int64_t r = 0; r < horizontal_.num_phases(); ++r) {
-      const FirTap<T>* end = list_taps(horizontal_.phases[r], across_, split, fir_taps_.data());
+      const FirTap<T>* end = list_taps(r, across_, split, fir_taps_.data());
       AVATAR_ISA_CALL(fir_row, fir_taps_.data(), end - fir_taps_.data(), target + r * phase_stride_,
                       phase_stride_);
     }
@@ -151,7 +159,9 @@ class PlaneFilter {
   const T* across_;
   int64_t taps_across_;
   bool separable_;
-  int64_t phase_stride_, width_, origin_, split_stride_, reserved_ = 0;
+  int64_t phase_stride_, width_, origin_, split_stride_, most_across_ = 0, reserved_ = 0;
+  // Where in a split row each tap of each horizontal phase reads for the first output.
+  std::vector<int64_t> offsets_;
   std::vector<FirTap<T>> fir_taps_;
   std::unique_ptr<T[]> sums_, split_, rows_;
 };
