@@ -5,6 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 from . import nn
 from .bias_act import bias_act
 from .composite_points import composite_points
+from .edge_conv import edge_conv
 from .edge_max import edge_max
 from .modulated_conv2d import modulated_conv2d
 from .rasterize_points import Fragments, rasterize_points
@@ -19,6 +20,7 @@ __all__ = [
     "Fragments",
     "bias_act",
     "composite_points",
+    "edge_conv",
     "edge_max",
     "modulated_conv2d",
     "nn",

@@ -45,10 +45,13 @@ def forbid_second_derivative(backward: str) -> None:
     torch.library.register_autograd(f"{NAMESPACE}::{backward}", raise_error)
 
 
-def register_autocast(name: str, dtype_of: Callable[[str], torch.dtype | None]) -> None:
+def register_autocast(
+    name: str, dtype_of: Callable[[str], torch.dtype | None], only: Sequence[int] | None = None
+) -> None:
     """Casts the op's floating inputs under autocast to `dtype_of(device_type)` (None leaves them).
 
-    float64 inputs are left as they are, as in torch's own autocast lists.
+    `only` names the positions of the arguments to cast, if not all. float64 inputs are left as they are, as
+    in torch's own autocast lists.
     """
     overload = getattr(torch.ops.avatar_ops, name).default
     for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
@@ -62,9 +65,14 @@ def register_autocast(name: str, dtype_of: Callable[[str], torch.dtype | None]) 
                     return value.to(dtype) if eligible and dtype is not None else value
                 return [cast(part) for part in value] if isinstance(value, list | tuple) else value
 
+            if only is None:
+                args = [cast(value) for value in args]
+                kwargs = {name: cast(value) for name, value in kwargs.items()}
+            else:
+                args = [cast(value) if n in only else value for n, value in enumerate(args)]
             keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
             with torch._C._ExcludeDispatchKeyGuard(keys):
-                return overload(*map(cast, args), **{name: cast(value) for name, value in kwargs.items()})
+                return overload(*args, **kwargs)
 
         torch.library.impl(f"{NAMESPACE}::{name}", key, run)
 
@@ -74,9 +82,9 @@ def autocast_to_float32(name: str) -> None:
     register_autocast(name, lambda device_type: torch.float32)
 
 
-def autocast_to_active(name: str) -> None:
-    """Runs the op in the active autocast dtype."""
-    register_autocast(name, torch.get_autocast_dtype)
+def autocast_to_active(name: str, only: Sequence[int] | None = None) -> None:
+    """Runs the op in the active autocast dtype; `only` as in register_autocast."""
+    register_autocast(name, torch.get_autocast_dtype, only)
 
 
 def autocast_to_input(name: str) -> None:

@@ -122,8 +122,10 @@ def edge_conv(
     if neighbors.shape[2] == 0 or x.shape[1] == 0:
         terms = [t.sum() for t in (x, weight, bias, scale, shift) if t is not None]
         return _unbatch(x.new_zeros(*x.shape[:2], weight.shape[0]) + 0 * sum(terms), batched)
+    valid = (neighbors >= 0).unsqueeze(-1)
     center = x.unsqueeze(2).expand(-1, -1, neighbors.shape[2], -1)
-    hidden = F.linear(torch.cat([center, center - _gather_rows(x, neighbors)], -1), weight, bias)
+    edge = torch.cat([center, center - _gather_rows(x, neighbors)], -1)
+    hidden = F.linear(torch.where(valid, edge, 0), weight, bias)
     if scale is not None:
         hidden = hidden * scale
     if shift is not None:
@@ -133,6 +135,61 @@ def edge_conv(
     rows = torch.arange(edges.shape[1], device=x.device).view(neighbors.shape[1], -1)
     own_edges = rows.expand_as(neighbors).masked_fill(neighbors < 0, -1)
     return _unbatch(edge_max(edges, own_edges)[0], batched)
+
+
+def _edges(x: Tensor, neighbors: Tensor) -> Tensor:
+    """[x_i ; x_i - x_j] of the edges that exist, (E, 2C), cloud by cloud and row by row."""
+    b, i, slot = (neighbors >= 0).nonzero(as_tuple=True)
+    return torch.cat([x[b, i], x[b, i] - x[b, neighbors[b, i, slot]]], -1)
+
+
+def edge_mlp(
+    x: Tensor, neighbors: Tensor, weights, scales, shifts, *, negative_slope: float = 0.2
+) -> Tensor:
+    """(B, N, O), an MLP per edge: see avatar_ops.edge_mlp."""
+    batched = x.dim() == 3
+    if not batched:
+        x, neighbors = x.unsqueeze(0), neighbors.unsqueeze(0)
+    neighbors = neighbors.long()
+    hidden = _edges(x, neighbors)
+    for weight, scale, shift in zip(weights, scales, shifts, strict=True):
+        hidden = F.leaky_relu(F.linear(hidden, weight) * scale + shift, negative_slope)
+    valid = neighbors >= 0
+    own_edges = (valid.flatten().cumsum(0) - 1).view(neighbors.shape).masked_fill(~valid, -1)
+    output = edge_max(hidden, own_edges.flatten(0, 1))[0].view(*x.shape[:2], -1)
+    return _unbatch(output, batched)
+
+
+def edge_mlp_statistics(
+    x: Tensor, neighbors: Tensor, weights, scales, shifts, *, negative_slope: float = 0.2
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(count, mean, variance) over the edges: see avatar_ops.edge_mlp_statistics."""
+    if x.dim() == 2:
+        x, neighbors = x.unsqueeze(0), neighbors.unsqueeze(0)
+    linear = F.linear(_edges(x, neighbors.long()), weights[0])
+    for weight, scale, shift in zip(weights[1:], scales, shifts, strict=True):
+        linear = F.linear(F.leaky_relu(linear * scale + shift, negative_slope), weight)
+    count = max(linear.shape[0], 1)
+    mean = linear.sum(0) / count
+    variance = (linear - mean).square().sum(0) / count
+    return torch.tensor(linear.shape[0], device=x.device), mean, variance
+
+
+def edge_conv_norm(
+    x: Tensor,
+    neighbors: Tensor,
+    weight: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    *,
+    eps: float = 1e-5,
+    negative_slope: float = 0.2,
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """(output, (count, mean, variance)): see avatar_ops.edge_conv_norm."""
+    count, mean, variance = edge_mlp_statistics(x, neighbors, [weight], [], [])
+    scale = gamma * (variance + eps).rsqrt()
+    output = edge_mlp(x, neighbors, [weight], [scale], [beta - mean * scale], negative_slope=negative_slope)
+    return output, (count, mean.detach(), variance.detach())
 
 
 def local_attention_pool(

@@ -1,0 +1,428 @@
+"""EdgeConv with several layers per edge: schemas, functions, kernels on tiles of edges, fakes, autograd.
+
+The kernels are torch ops over tiles of points, for any device: the edges of one tile exist at a time, and
+the backward pass computes them again, so memory is O(N * (C + O)).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._library import (
+    autocast_to_active,
+    check_device,
+    check_floating,
+    check_shape,
+    define,
+    forbid_second_derivative,
+)
+from .edge_conv import EdgeStatistics, check_edge_inputs, check_kept, check_slope, needs_gradient
+
+# Elements of one layer's edges in a tile.
+TILE_ELEMENTS = 1 << 18
+
+# slots (B, N, O) int32: which neighbour gave the maximum, -1 for none; empty unless keep_slots.
+define(
+    "edge_mlp(Tensor x, Tensor neighbors, Tensor[] weights, Tensor[] scales, Tensor[] shifts, "
+    "float negative_slope, bool keep_slots) -> (Tensor output, Tensor slots)"
+)
+define(
+    "edge_mlp_backward(Tensor grad, Tensor slots, Tensor x, Tensor neighbors, Tensor[] weights, "
+    "Tensor[] scales, Tensor[] shifts, float negative_slope) -> (Tensor, Tensor[], Tensor[], Tensor[])"
+)
+define(
+    "edge_mlp_statistics(Tensor x, Tensor neighbors, Tensor[] weights, Tensor[] scales, Tensor[] shifts, "
+    "float negative_slope) -> (Tensor count, Tensor mean, Tensor variance)"
+)
+define(
+    "edge_mlp_statistics_backward(Tensor grad_mean, Tensor grad_variance, Tensor count, Tensor mean, "
+    "Tensor x, Tensor neighbors, Tensor[] weights, Tensor[] scales, Tensor[] shifts, float negative_slope) "
+    "-> (Tensor, Tensor[], Tensor[], Tensor[])"
+)
+
+
+def edge_mlp(
+    x: Tensor,
+    neighbors: Tensor,
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    shifts: Sequence[Tensor],
+    *,
+    negative_slope: float = 0.2,
+) -> Tensor:
+    """EdgeConv with an MLP per edge and the maximum over the edges.
+
+        h = [x_i ; x_i - x_j];  for each layer: h = act(scale * (weight h) + shift);  output = max_j h
+
+    where act is LeakyReLU. The first layer is split into products per point, as in edge_conv.
+
+    Args:
+        x: (B, N, C) or (N, C) float16, bfloat16, float32 or float64.
+        neighbors: (B, N, K) or (N, K) int64 (or int32) in [0, N), or -1 for "none"; same device.
+        weights: (O_1, 2C), then (O_l, O_{l-1}), in the dtype of x.
+        scales, shifts: (O_l,) for every layer, in the dtype of x, or float32 with half-precision x.
+        negative_slope: in [0, 1].
+
+    Returns:
+        (B, N, O_last) in the dtype of x; 0 where a row has no neighbour; NaN wins.
+
+    Raises:
+        TypeError: unsupported or mixed dtypes.   ValueError: rank, shape, number of layers, device or slope.
+        IndexError: a neighbour outside [-1, N) (CPU).
+
+    Differentiable in x, weights, scales and shifts (first order). Under autocast x and weights are cast.
+    Source: Wang et al., Dynamic Graph CNN, TOG 2019. Reference: reference.edge_mlp.
+    """
+    neighbors = _check(x, neighbors, weights, scales, shifts, normalized=len(weights))
+    keep = needs_gradient(x, *weights, *scales, *shifts)
+    batched = x.dim() == 3
+    if not batched:
+        x, neighbors = x.unsqueeze(0), neighbors.unsqueeze(0)
+    output, _ = torch.ops.avatar_ops.edge_mlp(
+        x, neighbors, list(weights), list(scales), list(shifts), check_slope(negative_slope), keep
+    )
+    return output if batched else output.squeeze(0)
+
+
+def edge_mlp_statistics(
+    x: Tensor,
+    neighbors: Tensor,
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    shifts: Sequence[Tensor],
+    *,
+    negative_slope: float = 0.2,
+) -> EdgeStatistics:
+    """Statistics over all edges of the last linear layer of edge_mlp, before its scale.
+
+    Args: as edge_mlp, with one scale and shift fewer than weights.
+
+    Returns:
+        count () int64; mean and biased variance (O_last,), centred before squaring, at least float32.
+
+    Raises: as edge_mlp.
+
+    Differentiable in x, weights, scales and shifts (first order). Under autocast x and weights are cast.
+    Source: Ioffe and Szegedy, Batch Normalization, ICML 2015. Reference: reference.edge_mlp_statistics.
+    """
+    neighbors = _check(x, neighbors, weights, scales, shifts, normalized=len(weights) - 1)
+    if x.dim() == 2:
+        x, neighbors = x.unsqueeze(0), neighbors.unsqueeze(0)
+    return EdgeStatistics(
+        *torch.ops.avatar_ops.edge_mlp_statistics(
+            x, neighbors, list(weights), list(scales), list(shifts), check_slope(negative_slope)
+        )
+    )
+
+
+def _check(x, neighbors, weights, scales, shifts, normalized: int) -> Tensor:
+    if len(weights) == 0:
+        raise ValueError("weights: got none, expected at least one layer")
+    neighbors = check_edge_inputs(x, neighbors, weights[0])
+    for depth, weight in enumerate(weights[1:], 1):
+        check_floating(f"weights[{depth}]", weight, like=x)
+        check_shape(f"weights[{depth}]", weight, (None, weights[depth - 1].shape[0]), "(O, previous O)")
+        check_device(f"weights[{depth}]", weight, x)
+    for name, values in (("scales", scales), ("shifts", shifts)):
+        if len(values) != normalized:
+            raise ValueError(f"{name}: got {len(values)}, expected {normalized} for {len(weights)} weights")
+        for depth, value in enumerate(values):
+            wider = isinstance(value, Tensor) and value.dtype == torch.float32 and x.dtype.itemsize == 2
+            check_floating(f"{name}[{depth}]", value, like=None if wider else x)
+            check_shape(f"{name}[{depth}]", value, (weights[depth].shape[0],), "(O,)")
+            check_device(f"{name}[{depth}]", value, x)
+    return neighbors
+
+
+class _Tile(NamedTuple):
+    """Edges of consecutive rows of the flattened batch."""
+
+    rows: slice
+    points: Tensor  # (R, K) flat point indices, 0 where there is none
+    valid: Tensor  # (R, K, 1)
+
+
+class _Layers:
+    """The layers in the compute dtype, with the first one split: its output on edge (i, j) is p_i - q_j.
+
+    With weight = [A | B] and a reference point c inside the cloud, p = A x + q and q = B (x - c), so that the
+    difference loses no digits to an offset of the whole cloud.
+    """
+
+    def __init__(self, x, neighbors, weights, scales, shifts, negative_slope):
+        _check_indices(neighbors, x.shape[1])
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        self.weights, self.scales, self.shifts = (
+            [t.to(dtype) for t in part] for part in (weights, scales, shifts)
+        )
+        self.negative_slope = negative_slope
+        batch, num_points, inputs = x.shape
+        self.k = neighbors.shape[2]
+        valid = neighbors >= 0
+        offset = torch.arange(batch, device=x.device).view(-1, 1, 1) * num_points
+        self.points = torch.where(valid, neighbors + offset, 0).flatten(0, 1)
+        self.valid = valid.flatten(0, 1).unsqueeze(-1)
+        x = x.to(dtype)
+        self.x = x.reshape(-1, inputs)
+        self.centered = (x - _reference_points(x, neighbors)).reshape(-1, inputs)
+        self.own, self.neighbor = self.weights[0][:, :inputs], self.weights[0][:, inputs:]
+        self.q = self.centered @ self.neighbor.T
+        self.p = self.x @ self.own.T + self.q
+
+    def tiles(self) -> Iterator[_Tile]:
+        width = max(weight.shape[0] for weight in self.weights)
+        size = max(1, TILE_ELEMENTS // max(1, self.k * width))
+        for begin in range(0, self.x.shape[0] if self.k else 0, size):
+            rows = slice(begin, min(begin + size, self.x.shape[0]))
+            yield _Tile(rows, self.points[rows], self.valid[rows])
+
+    def run(self, tile: _Tile) -> tuple[list[Tensor], list[Tensor]]:
+        """(outputs of the linear layers, their activations), each (R, K, O); 0 where the first has no edge."""
+        linear = self.p[tile.rows].unsqueeze(1) - self.q[tile.points]
+        linears, activations = [torch.where(tile.valid, linear, 0)], []
+        for depth, (scale, shift) in enumerate(zip(self.scales, self.shifts, strict=True)):
+            activations.append(F.leaky_relu(linears[-1] * scale + shift, self.negative_slope))
+            if depth + 1 < len(self.weights):
+                linears.append(activations[-1] @ self.weights[depth + 1].T)
+        return linears, activations
+
+
+class _LayerGradients:
+    """Gradients in what _Layers holds, added up over tiles."""
+
+    def __init__(self, layers: _Layers):
+        self.layers = layers
+        self.p, self.q = torch.zeros_like(layers.p), torch.zeros_like(layers.q)
+        self.weights, self.scales, self.shifts = (
+            [torch.zeros_like(t) for t in part] for part in (layers.weights, layers.scales, layers.shifts)
+        )
+
+    def through_activation(self, depth: int, grad: Tensor, linear: Tensor, activation: Tensor) -> Tensor:
+        grad = torch.where(activation > 0, grad, grad * self.layers.negative_slope)
+        self.scales[depth] += (grad * linear).sum((0, 1))
+        self.shifts[depth] += grad.sum((0, 1))
+        return grad * self.layers.scales[depth]
+
+    def add(self, tile: _Tile, grad: Tensor, linears: list[Tensor], activations: list[Tensor]) -> None:
+        """Adds a tile's share, from the gradient of its last linear output, 0 where there is no edge."""
+        for depth in reversed(range(1, len(linears))):
+            self.weights[depth] += grad.flatten(0, 1).T @ activations[depth - 1].flatten(0, 1)
+            grad = grad @ self.layers.weights[depth]
+            grad = self.through_activation(depth - 1, grad, linears[depth - 1], activations[depth - 1])
+        self.p[tile.rows] += grad.sum(1)
+        self.q.index_add_(0, tile.points.flatten(), grad.flatten(0, 1), alpha=-1)
+
+    def result(self, x: Tensor, weights, scales, shifts):
+        """The gradients in the dtypes of the op's inputs."""
+        layers = self.layers
+        to_q = self.p + self.q
+        grad_x = (self.p @ layers.own + to_q @ layers.neighbor).view(x.shape)
+        # A point without edges adds nothing, be it NaN.
+        incoming = torch.zeros(layers.x.shape[0], dtype=torch.int32, device=x.device)
+        incoming.index_add_(0, layers.points.flatten(), layers.valid.flatten().int())
+        used = (layers.valid.squeeze(2).any(1) | (incoming > 0)).unsqueeze(1)
+        own = self.p.T @ torch.where(used, layers.x, 0)
+        neighbor = to_q.T @ torch.where(used, layers.centered, 0)
+        self.weights[0] = torch.cat([own, neighbor], 1)
+
+        def narrow(grads, like):
+            return [g.to(t.dtype) for g, t in zip(grads, like, strict=True)]
+
+        return (
+            grad_x.to(x.dtype),
+            narrow(self.weights, weights),
+            narrow(self.scales, scales),
+            narrow(self.shifts, shifts),
+        )
+
+
+def _check_indices(neighbors: Tensor, num_points: int) -> None:
+    bad = (neighbors < -1) | (neighbors >= num_points)
+    if neighbors.device.type != "cpu":
+        torch._assert_async(~bad.any())
+    elif bad.any():
+        b, row, slot = bad.nonzero()[0].tolist()
+        raise IndexError(
+            f"edge_mlp: neighbors[{b}, {row}, {slot}] = {neighbors[b, row, slot].item()}; "
+            f"expected -1 (none) or an index in [0, {num_points})"
+        )
+
+
+def _reference_points(x: Tensor, neighbors: Tensor) -> Tensor:
+    """(B, 1, C): the median of a few points of each cloud that are somebody's neighbour."""
+    batch, num_points, inputs = x.shape
+    if batch * num_points * inputs * neighbors.shape[2] == 0:
+        return x.new_zeros(batch, 1, inputs)
+    rows = torch.linspace(0, num_points - 1, 9, device=x.device).long()
+    points = neighbors[:, rows, 0]
+    samples = x.gather(1, points.clamp(min=0).unsqueeze(-1).expand(-1, -1, inputs))
+    usable = (points >= 0).unsqueeze(-1) & samples.isfinite()
+    median = torch.where(usable, samples, float("nan")).nanmedian(1, keepdim=True).values
+    return torch.where(median.isnan(), 0, median)
+
+
+def _kernel(function):
+    """Registers the kernel of the op of this name for any device; it runs in the dtypes that it is given."""
+
+    def run(*args):
+        device_type = next(t for t in args if isinstance(t, Tensor)).device.type
+        with torch.autocast(device_type, enabled=False):
+            return function(*args)
+
+    torch.library.impl(f"avatar_ops::{function.__name__.lstrip('_')}", "default", run)
+    return function
+
+
+@_kernel
+def _edge_mlp(x, neighbors, weights, scales, shifts, negative_slope, keep_slots):
+    layers = _Layers(x, neighbors, weights, scales, shifts, negative_slope)
+    channels = weights[-1].shape[0]
+    output = layers.x.new_zeros(layers.x.shape[0], channels)
+    slots = x.new_full((layers.x.shape[0] if keep_slots else 0, channels), -1, dtype=torch.int32)
+    for tile in layers.tiles():
+        _, activations = layers.run(tile)
+        edges = activations[-1].reshape(1, -1, channels)
+        own = torch.arange(edges.shape[1], device=x.device).view(tile.points.shape)
+        own = own.masked_fill(~tile.valid.squeeze(2), -1).unsqueeze(0)
+        values, argmax = torch.ops.avatar_ops.edge_max(edges, own)
+        output[tile.rows] = values.squeeze(0)
+        if keep_slots:
+            slots[tile.rows] = torch.where(argmax >= 0, argmax % layers.k, -1).squeeze(0).int()
+    shape = (*x.shape[:2], channels)
+    return output.view(shape).to(x.dtype), slots.view(shape if keep_slots else (0,))
+
+
+@_kernel
+def _edge_mlp_backward(grad, slots, x, neighbors, weights, scales, shifts, negative_slope):
+    layers = _Layers(x, neighbors, weights, scales, shifts, negative_slope)
+    grads = _LayerGradients(layers)
+    grad, slots = grad.flatten(0, 1).to(layers.x.dtype), slots.flatten(0, 1)
+    for tile in layers.tiles():
+        linears, activations = layers.run(tile)
+        slot = slots[tile.rows].unsqueeze(1)
+        chosen = slot == torch.arange(layers.k, device=x.device, dtype=torch.int32).view(1, -1, 1)
+        edges = torch.where(chosen, grad[tile.rows].unsqueeze(1), 0)
+        last = len(weights) - 1
+        edges = grads.through_activation(last, edges, linears[last], activations[last])
+        grads.add(tile, edges, linears, activations)
+    return grads.result(x, weights, scales, shifts)
+
+
+@_kernel
+def _edge_mlp_statistics(x, neighbors, weights, scales, shifts, negative_slope):
+    layers = _Layers(x, neighbors, weights, scales, shifts, negative_slope)
+    count = torch.zeros((), dtype=torch.float64, device=x.device)
+    mean, squares = (
+        torch.zeros(weights[-1].shape[0], dtype=torch.float64, device=x.device) for _ in range(2)
+    )
+    # Chan, Golub and LeVeque, Updating formulae and a pairwise algorithm for computing sample variances, 1979.
+    for tile in layers.tiles():
+        linear = layers.run(tile)[0][-1]
+        edges = tile.valid.sum().double()
+        tile_mean = torch.where(tile.valid, linear, 0).sum((0, 1)) / edges.clamp(min=1)
+        deviation = torch.where(tile.valid, linear - tile_mean.to(linear.dtype), 0)
+        share = edges / (count + edges).clamp(min=1)
+        step = tile_mean - mean
+        mean += step * share
+        squares += deviation.square().sum((0, 1)) + step.square() * (count * share)
+        count += edges
+    dtype = layers.x.dtype
+    return count.long(), mean.to(dtype), (squares / count.clamp(min=1)).to(dtype)
+
+
+@_kernel
+def _edge_mlp_statistics_backward(
+    grad_mean, grad_variance, count, mean, x, neighbors, weights, scales, shifts, negative_slope
+):
+    layers = _Layers(x, neighbors, weights, scales, shifts, negative_slope)
+    grads = _LayerGradients(layers)
+    edges = count.clamp(min=1)
+    for tile in layers.tiles():
+        linears, activations = layers.run(tile)
+        grad = (grad_mean + 2 * grad_variance * (linears[-1] - mean)) / edges
+        grads.add(tile, torch.where(tile.valid, grad, 0), linears, activations)
+    return grads.result(x, weights, scales, shifts)
+
+
+def _fake_gradients(x, weights, scales, shifts):
+    def like(tensors):
+        return [t.new_empty(t.shape) for t in tensors]
+
+    return x.new_empty(x.shape), like(weights), like(scales), like(shifts)
+
+
+@torch.library.register_fake("avatar_ops::edge_mlp")
+def _(x, neighbors, weights, scales, shifts, negative_slope, keep_slots):
+    shape = (x.shape[0], x.shape[1], weights[-1].shape[0])
+    return x.new_empty(shape), x.new_empty(shape if keep_slots else (0,), dtype=torch.int32)
+
+
+@torch.library.register_fake("avatar_ops::edge_mlp_backward")
+def _(grad, slots, x, neighbors, weights, scales, shifts, negative_slope):
+    return _fake_gradients(x, weights, scales, shifts)
+
+
+@torch.library.register_fake("avatar_ops::edge_mlp_statistics")
+def _(x, neighbors, weights, scales, shifts, negative_slope):
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    mean, variance = (x.new_empty(weights[-1].shape[0], dtype=dtype) for _ in range(2))
+    return neighbors.new_empty(()), mean, variance
+
+
+@torch.library.register_fake("avatar_ops::edge_mlp_statistics_backward")
+def _(grad_mean, grad_variance, count, mean, x, neighbors, weights, scales, shifts, negative_slope):
+    return _fake_gradients(x, weights, scales, shifts)
+
+
+def _setup_context(ctx, inputs, output):
+    x, neighbors, weights, scales, shifts, ctx.negative_slope, ctx.kept = inputs
+    ctx.layers = len(weights)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(output[1], x, neighbors, *weights, *scales, *shifts)
+
+
+def _backward(ctx, grad, grad_slots):
+    check_kept("edge_mlp", ctx.kept)
+    slots, x, neighbors, *lists = ctx.saved_tensors
+    n = ctx.layers
+    grad_x, *grads = torch.ops.avatar_ops.edge_mlp_backward(
+        grad, slots, x, neighbors, lists[:n], lists[n : 2 * n], lists[2 * n :], ctx.negative_slope
+    )
+    return grad_x, None, *grads, None, None
+
+
+torch.library.register_autograd("avatar_ops::edge_mlp", _backward, setup_context=_setup_context)
+forbid_second_derivative("edge_mlp_backward")
+
+
+def _setup_statistics_context(ctx, inputs, output):
+    x, neighbors, weights, scales, shifts, ctx.negative_slope = inputs
+    count, mean, _ = output
+    ctx.layers = len(weights)
+    ctx.mark_non_differentiable(count)
+    ctx.save_for_backward(count, mean, x, neighbors, *weights, *scales, *shifts)
+
+
+def _statistics_backward(ctx, grad_count, grad_mean, grad_variance):
+    count, mean, x, neighbors, *lists = ctx.saved_tensors
+    n = ctx.layers
+    weights, scales, shifts = lists[:n], lists[n : 2 * n - 1], lists[2 * n - 1 :]
+    grad_x, *grads = torch.ops.avatar_ops.edge_mlp_statistics_backward(
+        grad_mean, grad_variance, count, mean, x, neighbors, weights, scales, shifts, ctx.negative_slope
+    )
+    return grad_x, None, *grads, None
+
+
+torch.library.register_autograd(
+    "avatar_ops::edge_mlp_statistics", _statistics_backward, setup_context=_setup_statistics_context
+)
+forbid_second_derivative("edge_mlp_statistics_backward")
+
+# Positions of x and the weights, as in edge_conv.
+autocast_to_active("edge_mlp", only=(0, 2))
+autocast_to_active("edge_mlp_statistics", only=(0, 2))
