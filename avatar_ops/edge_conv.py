@@ -46,11 +46,16 @@ define(
 
 
 class EdgeStatistics(NamedTuple):
-    """Number of edges () int64, and mean and biased variance (O,) over them."""
+    """Mean and biased variance (O,) over edges, and their number () int64."""
 
-    count: Tensor
     mean: Tensor
     variance: Tensor
+    count: Tensor
+
+
+torch.utils._pytree._register_namedtuple(
+    EdgeStatistics, serialized_type_name="avatar_ops.edge_conv.EdgeStatistics"
+)
 
 
 def check_slope(negative_slope: float) -> float:
@@ -182,7 +187,7 @@ def edge_conv_norm(
     output, _, count, mean, variance, _ = torch.ops.avatar_ops.edge_conv_norm(
         x, neighbors, weight, gamma, beta, float(eps), check_slope(negative_slope), keep
     )
-    return output if batched else output.squeeze(0), EdgeStatistics(count, mean, variance)
+    return output if batched else output.squeeze(0), EdgeStatistics(mean, variance, count)
 
 
 def _fake_output(x, neighbors, weight, keep_slots):

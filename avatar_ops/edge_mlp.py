@@ -37,7 +37,7 @@ define(
 )
 define(
     "edge_mlp_statistics(Tensor x, Tensor neighbors, Tensor[] weights, Tensor[] scales, Tensor[] shifts, "
-    "float negative_slope) -> (Tensor count, Tensor mean, Tensor variance)"
+    "float negative_slope) -> (Tensor mean, Tensor variance, Tensor count)"
 )
 define(
     "edge_mlp_statistics_backward(Tensor grad_mean, Tensor grad_variance, Tensor count, Tensor mean, "
@@ -103,7 +103,7 @@ def edge_mlp_statistics(
     Args: as edge_mlp, with one scale and shift fewer than weights.
 
     Returns:
-        count () int64; mean and biased variance (O_last,), centred before squaring, at least float32.
+        mean and biased variance (O_last,), centred before squaring, at least float32; count () int64.
 
     Raises: as edge_mlp.
 
@@ -332,7 +332,7 @@ def _edge_mlp_statistics(x, neighbors, weights, scales, shifts, negative_slope):
         squares += deviation.square().sum((0, 1)) + step.square() * (count * share)
         count += edges
     dtype = layers.x.dtype
-    return count.long(), mean.to(dtype), (squares / count.clamp(min=1)).to(dtype)
+    return mean.to(dtype), (squares / count.clamp(min=1)).to(dtype), count.long()
 
 
 @_kernel
@@ -371,7 +371,7 @@ def _(grad, slots, x, neighbors, weights, scales, shifts, negative_slope):
 def _(x, neighbors, weights, scales, shifts, negative_slope):
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     mean, variance = (x.new_empty(weights[-1].shape[0], dtype=dtype) for _ in range(2))
-    return neighbors.new_empty(()), mean, variance
+    return mean, variance, neighbors.new_empty(())
 
 
 @torch.library.register_fake("avatar_ops::edge_mlp_statistics_backward")
@@ -402,13 +402,13 @@ forbid_second_derivative("edge_mlp_backward")
 
 def _setup_statistics_context(ctx, inputs, output):
     x, neighbors, weights, scales, shifts, ctx.negative_slope = inputs
-    count, mean, _ = output
+    mean, _, count = output
     ctx.layers = len(weights)
     ctx.mark_non_differentiable(count)
     ctx.save_for_backward(count, mean, x, neighbors, *weights, *scales, *shifts)
 
 
-def _statistics_backward(ctx, grad_count, grad_mean, grad_variance):
+def _statistics_backward(ctx, grad_mean, grad_variance, grad_count):
     count, mean, x, neighbors, *lists = ctx.saved_tensors
     n = ctx.layers
     weights, scales, shifts = lists[:n], lists[n : 2 * n - 1], lists[2 * n - 1 :]

@@ -119,7 +119,7 @@ def edge_conv(
     if not batched:
         x, neighbors = x.unsqueeze(0), neighbors.unsqueeze(0)
     neighbors = neighbors.long()
-    if neighbors.shape[2] == 0 or x.shape[1] == 0:
+    if neighbors.numel() * weight.shape[0] == 0:
         terms = [t.sum() for t in (x, weight, bias, scale, shift) if t is not None]
         return _unbatch(x.new_zeros(*x.shape[:2], weight.shape[0]) + 0 * sum(terms), batched)
     valid = (neighbors >= 0).unsqueeze(-1)
@@ -156,14 +156,14 @@ def edge_mlp(
         hidden = F.leaky_relu(F.linear(hidden, weight) * scale + shift, negative_slope)
     valid = neighbors >= 0
     own_edges = (valid.flatten().cumsum(0) - 1).view(neighbors.shape).masked_fill(~valid, -1)
-    output = edge_max(hidden, own_edges.flatten(0, 1))[0].view(*x.shape[:2], -1)
+    output = edge_max(hidden, own_edges.flatten(0, 1))[0].view(*x.shape[:2], weights[-1].shape[0])
     return _unbatch(output, batched)
 
 
 def edge_mlp_statistics(
     x: Tensor, neighbors: Tensor, weights, scales, shifts, *, negative_slope: float = 0.2
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(count, mean, variance) over the edges: see avatar_ops.edge_mlp_statistics."""
+    """(mean, variance, count) over the edges: see avatar_ops.edge_mlp_statistics."""
     if x.dim() == 2:
         x, neighbors = x.unsqueeze(0), neighbors.unsqueeze(0)
     linear = F.linear(_edges(x, neighbors.long()), weights[0])
@@ -172,7 +172,7 @@ def edge_mlp_statistics(
     count = max(linear.shape[0], 1)
     mean = linear.sum(0) / count
     variance = (linear - mean).square().sum(0) / count
-    return torch.tensor(linear.shape[0], device=x.device), mean, variance
+    return mean, variance, torch.tensor(linear.shape[0], device=x.device)
 
 
 def edge_conv_norm(
@@ -185,11 +185,11 @@ def edge_conv_norm(
     eps: float = 1e-5,
     negative_slope: float = 0.2,
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """(output, (count, mean, variance)): see avatar_ops.edge_conv_norm."""
-    count, mean, variance = edge_mlp_statistics(x, neighbors, [weight], [], [])
+    """(output, (mean, variance, count)): see avatar_ops.edge_conv_norm."""
+    mean, variance, count = edge_mlp_statistics(x, neighbors, [weight], [], [])
     scale = gamma * (variance + eps).rsqrt()
     output = edge_mlp(x, neighbors, [weight], [scale], [beta - mean * scale], negative_slope=negative_slope)
-    return output, (count, mean.detach(), variance.detach())
+    return output, (mean.detach(), variance.detach(), count)
 
 
 def local_attention_pool(

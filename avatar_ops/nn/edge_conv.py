@@ -128,7 +128,7 @@ def track(norm: nn.BatchNorm2d, statistics: EdgeStatistics) -> None:
     """Updates running statistics as BatchNorm2d does: unbiased variance, momentum None averages all."""
     if not norm.training or norm.running_mean is None:
         return
-    count, mean, variance = statistics
+    mean, variance, count = statistics
     norm.num_batches_tracked.add_((count > 0).to(norm.num_batches_tracked.dtype))
     share = norm.momentum
     if share is None:

@@ -108,9 +108,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> edge_conv_norm_cpu(
     });
 
     *mutable_data<int64_t>(count) = edges;
-    const std::vector<double> offset = own_product(plan, plan.reference.data());
     std::vector<double> true_mean(channels, 0);
-    for (int64_t o = 0; o < channels && edges > 0; ++o) true_mean[o] = signs[o] * (mean[o] + offset[o]);
+    if (edges > 0) true_mean = own_product(plan, plan.reference.data());
+    for (int64_t o = 0; o < channels; ++o) true_mean[o] = signs[o] * (mean[o] + true_mean[o]);
     const ScalarType type = x.scalar_type();
     statistics = {from_double<T>(true_mean, {channels}, x, type),
                   from_double<T>(variance, {channels}, x, type), from_double<T>(mean, {channels}, x, type)};
