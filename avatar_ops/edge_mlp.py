@@ -258,8 +258,12 @@ def _reference_points(x: Tensor, neighbors: Tensor) -> Tensor:
     batch, num_points, inputs = x.shape
     if batch * num_points * inputs * neighbors.shape[2] == 0:
         return x.new_zeros(batch, 1, inputs)
-    rows = torch.linspace(0, num_points - 1, 9, device=x.device).long()
-    points = neighbors[:, rows, 0]
+    valid = neighbors >= 0
+    present = valid.any(2).cumsum(1)
+    wanted = present[:, -1:] * torch.arange(9, device=x.device) // 9 + 1
+    rows = torch.searchsorted(present, wanted).clamp(max=num_points - 1)
+    slots = valid.byte().argmax(2).gather(1, rows)
+    points = neighbors.flatten(1).gather(1, rows * neighbors.shape[2] + slots)
     samples = x.gather(1, points.clamp(min=0).unsqueeze(-1).expand(-1, -1, inputs))
     usable = (points >= 0).unsqueeze(-1) & samples.isfinite()
     median = torch.where(usable, samples, float("nan")).nanmedian(1, keepdim=True).values

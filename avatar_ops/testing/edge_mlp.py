@@ -36,6 +36,7 @@ def _case(id: str, **options) -> OpCase:
         function=edge_mlp,
         reference=reference.edge_mlp,
         differentiable=("x", "weights", "scales", "shifts"),
+        composes_products=True,
         autocast_dtype=torch.bfloat16,
         batched=("x", "neighbors"),
         rejections=(
@@ -59,6 +60,7 @@ def _statistics_case(id: str, widths=(12, 20), **options) -> OpCase:
         function=edge_mlp_statistics,
         reference=reference.edge_mlp_statistics,
         differentiable=("x", "weights", "scales", "shifts"),
+        composes_products=True,
         dtypes=(torch.float32, torch.float64),
         batched=("x", "neighbors"),
         rejections=NEIGHBOR_REJECTIONS,

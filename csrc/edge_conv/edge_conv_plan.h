@@ -84,17 +84,20 @@ EdgePlan<T> edge_plan(const Tensor& x, const Tensor& neighbors, const std::vecto
 }
 
 // The median, per coordinate, of a few points that are somebody's neighbour: padding and outliers do not
-// reach it. `rows` are those of one cloud or of the whole batch.
+// reach it. Rows [begin, end) are those of one cloud or of the whole batch.
 template <typename T>
 void find_reference(const EdgePlan<T>& plan, int64_t begin, int64_t end, T* reference) {
   constexpr int64_t kSamples = 9;
   std::array<const T*, kSamples> points;
   int64_t found = 0;
-  for (int64_t sample = 0; sample < kSamples && begin < end && plan.k > 0; ++sample) {
-    const int64_t row = begin + (end - begin - 1) * sample / (kSamples - 1);
-    const int64_t point = plan.neighbors[row * plan.k];
-    if (point < 0 || point >= plan.num_points) continue;
-    points[found++] = plan.x + (row / plan.num_points * plan.num_points + point) * plan.inputs;
+  for (int64_t sample = 0; sample < kSamples; ++sample) {
+    // The first neighbour in this share of the rows.
+    const int64_t* from = plan.neighbors + (begin + (end - begin) * sample / kSamples) * plan.k;
+    const int64_t* to = plan.neighbors + (begin + (end - begin) * (sample + 1) / kSamples) * plan.k;
+    const int64_t* point = std::find_if(from, to, [&](int64_t n) { return n >= 0 && n < plan.num_points; });
+    if (point == to) continue;
+    const int64_t cloud = (point - plan.neighbors) / plan.k / plan.num_points;
+    points[found++] = plan.x + (cloud * plan.num_points + *point) * plan.inputs;
   }
   for (int64_t c = 0; c < plan.inputs; ++c) {
     std::array<T, kSamples> values;
