@@ -1,5 +1,6 @@
 """edge_max against gathering the edges and reducing them."""
 
+import peers_edge_conv as peers
 import pytest
 import torch
 
@@ -10,9 +11,12 @@ import avatar_ops
 def test_edge_max_forward(compare, points, channels):
     features = torch.randn(1, points, channels)
     neighbors = torch.randint(points, (1, points, 20))
+    others = peers.edge_max_peers(features, neighbors)
+    for peer in others.values():
+        assert torch.equal(peer(), avatar_ops.edge_max(features, neighbors)[0])
     compare(
         f"edge_max N={points} C={channels} K=20",
         ours=lambda: avatar_ops.edge_max(features, neighbors),
-        peers={"torch gather + max": lambda: features[0][neighbors[0]].max(1)},
+        peers=others,
         memory=True,
     )
