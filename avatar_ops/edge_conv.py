@@ -136,9 +136,7 @@ def apply_edge_conv(x, neighbors, weight, bias, scale, shift, negative_slope) ->
     batched = x.dim() == 3
     if not batched:
         x, neighbors = x.unsqueeze(0), neighbors.unsqueeze(0)
-    output, _ = torch.ops.avatar_ops.edge_conv(
-        x, neighbors, weight, bias, scale, shift, negative_slope, keep
-    )
+    output, _ = torch.ops.avatar_ops.edge_conv(x, neighbors, weight, bias, scale, shift, negative_slope, keep)
     return output if batched else output.squeeze(0)
 
 
@@ -269,7 +267,9 @@ def _norm_backward(ctx, grad, *_):
     return grad_x, None, grad_weight, grad_gamma, grad_beta, None, None, None
 
 
-torch.library.register_autograd("avatar_ops::edge_conv_norm", _norm_backward, setup_context=_setup_norm_context)
+torch.library.register_autograd(
+    "avatar_ops::edge_conv_norm", _norm_backward, setup_context=_setup_norm_context
+)
 forbid_second_derivative("edge_conv_norm_backward")
 
 # Position of x and weight: a normalisation in float32 costs nothing and keeps its digits.

@@ -143,9 +143,7 @@ def _edges(x: Tensor, neighbors: Tensor) -> Tensor:
     return torch.cat([x[b, i], x[b, i] - x[b, neighbors[b, i, slot]]], -1)
 
 
-def edge_mlp(
-    x: Tensor, neighbors: Tensor, weights, scales, shifts, *, negative_slope: float = 0.2
-) -> Tensor:
+def edge_mlp(x: Tensor, neighbors: Tensor, weights, scales, shifts, *, negative_slope: float = 0.2) -> Tensor:
     """(B, N, O), an MLP per edge: see avatar_ops.edge_mlp."""
     batched = x.dim() == 3
     if not batched:

@@ -64,9 +64,10 @@ def inference_peers(x, neighbors, weight, scale, shift) -> dict:
         "split in torch": lambda: split(*arguments),
     }
     linear = nn.Linear(weight.shape[1], weight.shape[0])
-    linear.weight = nn.Parameter(pyg_weight(weight * scale.unsqueeze(1)), requires_grad=False)
-    linear.bias = nn.Parameter(shift, requires_grad=False)
     if (conv := pyg_edge_conv(nn.Sequential(linear, nn.LeakyReLU(0.2)))) is not None:
+        # Its constructor draws new parameters.
+        linear.weight.data = pyg_weight(weight * scale.unsqueeze(1))
+        linear.bias.data = shift.clone()
         index, flat = edge_index(neighbors), x.flatten(0, 1)
         peers["PyG EdgeConv"] = lambda: conv(flat, index).view(*x.shape[:2], -1)
     return peers
@@ -90,9 +91,9 @@ def training_peers(x, neighbors, weight) -> dict:
     layer.conv.weight.data = weight[:, :, None, None].clone()
     peers = {"DGCNN": lambda: layer(x, neighbors)}
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-    linear.weight.data = pyg_weight(weight)
     conv = pyg_edge_conv(nn.Sequential(linear, nn.BatchNorm1d(weight.shape[0]), nn.LeakyReLU(0.2)))
     if conv is not None:
+        linear.weight.data = pyg_weight(weight)
         index = edge_index(neighbors)
         peers["PyG EdgeConv + BatchNorm"] = lambda: conv(x.flatten(0, 1), index).view(*x.shape[:2], -1)
     return peers

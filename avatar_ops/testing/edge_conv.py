@@ -51,9 +51,7 @@ def _some_zero(generator, dtype, *shape):
 SHAPE_REJECTIONS = (
     Rejection("x-dtype", changed("x", lambda t: t.int()), TypeError, "x: got"),
     Rejection("x-rank", changed("x", lambda t: t[None]), ValueError, "x: got"),
-    Rejection(
-        "neighbor-rows", changed("neighbors", lambda n: n[:, 1:]), ValueError, r"neighbors: got shape"
-    ),
+    Rejection("neighbor-rows", changed("neighbors", lambda n: n[:, 1:]), ValueError, r"neighbors: got shape"),
     Rejection("slope-high", changed("negative_slope", 1.5), ValueError, r"negative_slope: got 1\.5"),
     Rejection("slope-negative", changed("negative_slope", -0.1), ValueError, "negative_slope"),
 )

@@ -56,8 +56,12 @@ void product(const MatrixProduct<T>& args) {
 
 }  // namespace
 
-void matrix_product(const MatrixProduct<float>& args) { product(args); }
-void matrix_product(const MatrixProduct<double>& args) { product(args); }
+void matrix_product(const MatrixProduct<float>& args) {
+  product(args);
+}
+void matrix_product(const MatrixProduct<double>& args) {
+  product(args);
+}
 
 }  // namespace AVATAR_ISA
 }  // namespace avatar

@@ -11,7 +11,9 @@ namespace avatar {
 // Rows of b and c hold a multiple of this many elements: the caller pads.
 constexpr int64_t kColumnPad = 16;
 
-inline int64_t pad_columns(int64_t columns) { return (columns + kColumnPad - 1) / kColumnPad * kColumnPad; }
+inline int64_t pad_columns(int64_t columns) {
+  return (columns + kColumnPad - 1) / kColumnPad * kColumnPad;
+}
 
 // c[r, :] (+)= sum_i a[r * a_row + i * a_inner] * b[i, :]
 template <typename T>

@@ -1,4 +1,5 @@
-// Vectors of the instruction set that a `*_simd.cpp` file is built for. Include it there only, inside nothing.
+// Vectors of the instruction set that a `*_simd.cpp` file is built for. Include it there only, inside
+// nothing.
 #pragma once
 
 #include <cstdint>

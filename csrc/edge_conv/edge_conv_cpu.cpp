@@ -3,14 +3,14 @@
 namespace avatar {
 namespace {
 
-// Row o of the linear map is scale_o * (W_o e + bias_o) + shift_o: with it folded into the weight, the largest
-// edge is that of the smallest q whatever the sign of the scale.
+// Row o of the linear map is scale_o * (W_o e + bias_o) + shift_o: with it folded into the weight, the
+// largest edge is that of the smallest q whatever the sign of the scale.
 template <typename T>
 struct EdgeFold {
   std::vector<T> weight, bias, scale, shift;
 
-  EdgeFold(const Tensor& weight_in, const std::optional<Tensor>& bias_in, const std::optional<Tensor>& scale_in,
-           const std::optional<Tensor>& shift_in)
+  EdgeFold(const Tensor& weight_in, const std::optional<Tensor>& bias_in,
+           const std::optional<Tensor>& scale_in, const std::optional<Tensor>& shift_in)
       : weight(to_vector<T>(weight_in)),
         bias(weight_in.size(0), 0),
         scale(weight_in.size(0), 1),
@@ -34,10 +34,11 @@ struct EdgeFold {
   }
 };
 
-std::tuple<Tensor, Tensor> edge_conv_cpu(const Tensor& x_in, const Tensor& neighbors_in,
-                                         const Tensor& weight, const std::optional<Tensor>& bias,
-                                         const std::optional<Tensor>& scale, const std::optional<Tensor>& shift,
-                                         double negative_slope, bool keep_slots) {
+std::tuple<Tensor, Tensor> edge_conv_cpu(const Tensor& x_in, const Tensor& neighbors_in, const Tensor& weight,
+                                         const std::optional<Tensor>& bias,
+                                         const std::optional<Tensor>& scale,
+                                         const std::optional<Tensor>& shift, double negative_slope,
+                                         bool keep_slots) {
   const Tensor x = to_compute(x_in), neighbors = torch::stable::contiguous(neighbors_in);
   const int64_t batch = x.size(0), num_points = x.size(1), k = neighbors.size(2);
   const int64_t channels = weight.size(0), stride = pad_columns(channels);
@@ -77,7 +78,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> edge_conv_backward_cpu(
     const Tensor& neighbors_in, const Tensor& weight, const std::optional<Tensor>& bias,
     const std::optional<Tensor>& scale, double negative_slope) {
   const Tensor grad = to_compute(grad_in), output = to_compute(output_in), x = to_compute(x_in);
-  const Tensor neighbors = torch::stable::contiguous(neighbors_in), slots = torch::stable::contiguous(slots_in);
+  const Tensor neighbors = torch::stable::contiguous(neighbors_in),
+               slots = torch::stable::contiguous(slots_in);
   const int64_t batch = x.size(0), num_points = x.size(1), channels = weight.size(0);
   Tensor grad_x = torch::stable::new_empty(x, {batch, num_points, x.size(2)});
   std::vector<Tensor> grads;
@@ -104,8 +106,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> edge_conv_backward_cpu(
         }
       }
     });
-    const ReverseAdjacency reverse =
-        reverse_adjacency(plan.neighbors, batch, num_points, plan.k, num_points);
+    const ReverseAdjacency reverse = reverse_adjacency(plan.neighbors, batch, num_points, plan.k, num_points);
     const auto combine = [&](const EdgeBlock& block, const int64_t*, T* sums, const T*, T* grad_own) {
       const T* own = grad_linear + (block.cloud * num_points + block.begin) * stride;
       for (int64_t c = 0; c < block.rows() * stride; ++c) {

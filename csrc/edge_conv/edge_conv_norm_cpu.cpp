@@ -128,7 +128,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> edge_conv_norm_backward_cpu(
     const Tensor& neighbors_in, const Tensor& weight, const Tensor& gamma_in, const Tensor& count_in,
     const Tensor& variance_in, const Tensor& center_in, double eps, double negative_slope) {
   const Tensor grad = to_compute(grad_in), output = to_compute(output_in), x = to_compute(x_in);
-  const Tensor neighbors = torch::stable::contiguous(neighbors_in), slots = torch::stable::contiguous(slots_in);
+  const Tensor neighbors = torch::stable::contiguous(neighbors_in),
+               slots = torch::stable::contiguous(slots_in);
   const int64_t batch = x.size(0), num_points = x.size(1), channels = weight.size(0);
   const double edges = double(std::max<int64_t>(*const_data<int64_t>(count_in), 1));
   Tensor grad_x = torch::stable::new_empty(x, {batch, num_points, x.size(2)});
@@ -175,14 +176,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> edge_conv_norm_backward_cpu(
       slope_grad[o] = T(sums_normalized[o] * inverse[o] / edges);
     }
 
-    const ReverseAdjacency reverse =
-        reverse_adjacency(plan.neighbors, batch, num_points, plan.k, num_points);
+    const ReverseAdjacency reverse = reverse_adjacency(plan.neighbors, batch, num_points, plan.k, num_points);
     const auto combine = [&](const EdgeBlock& block, const int64_t* offsets, T* grad_neighbor,
                              const T* incoming_deviations, T* grad_own) {
       for (int64_t row = block.begin; row < block.end; ++row) {
         const int64_t flat = block.cloud * num_points + row;
         const int64_t* slots_of_row = plan.neighbors + flat * plan.k;
-        const T outgoing = T(std::count_if(slots_of_row, slots_of_row + plan.k, [](int64_t p) { return p >= 0; }));
+        const T outgoing =
+            T(std::count_if(slots_of_row, slots_of_row + plan.k, [](int64_t p) { return p >= 0; }));
         const T incoming = T(offsets[row + 1] - offsets[row]);
         const T* own = const_data<T>(linear) + flat * stride;
         const T* own_deviations = const_data<T>(deviations) + flat * stride;

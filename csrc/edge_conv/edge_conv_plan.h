@@ -151,9 +151,13 @@ template <typename T>
 void neighbor_products(const EdgePlan<T>& plan, T* q) {
   for_each_block(plan, kBlockRows * plan.input_stride, [&](int64_t, const EdgeBlock& block, T* tile) {
     copy_centered_rows(plan, block, tile);
-    const MatrixProduct<T> product{tile, plan.input_stride, 1, plan.neighbor_transposed.data(), plan.stride,
-                                   q + (block.cloud * plan.num_points + block.begin) * plan.stride, plan.stride,
-                                   block.rows(), plan.inputs, plan.stride, false};
+    const MatrixProduct<T> product{
+        tile,        plan.input_stride,
+        1,           plan.neighbor_transposed.data(),
+        plan.stride, q + (block.cloud * plan.num_points + block.begin) * plan.stride,
+        plan.stride, block.rows(),
+        plan.inputs, plan.stride,
+        false};
     AVATAR_ISA_CALL(matrix_product, product);
   });
 }
@@ -163,18 +167,28 @@ template <typename T>
 void own_products(const EdgePlan<T>& plan, const EdgeBlock& block, const T* tile, T* u) {
   const T* constant = plan.constant.data() + block.cloud * plan.stride;
   for (int64_t row = 0; row < block.rows(); ++row) std::copy_n(constant, plan.stride, u + row * plan.stride);
-  const MatrixProduct<T> product{tile, plan.input_stride, 1, plan.own_transposed.data(), plan.stride,
-                                 u, plan.stride, block.rows(), plan.inputs, plan.stride, true};
+  const MatrixProduct<T> product{tile,        plan.input_stride,
+                                 1,           plan.own_transposed.data(),
+                                 plan.stride, u,
+                                 plan.stride, block.rows(),
+                                 plan.inputs, plan.stride,
+                                 true};
   AVATAR_ISA_CALL(matrix_product, product);
 }
 
 template <typename T>
 EdgeCloud<T> edge_cloud(const EdgePlan<T>& plan, const T* q, int64_t cloud) {
-  return {q + cloud * plan.num_points * plan.stride, plan.neighbors + cloud * plan.num_points * plan.k,
-          plan.num_points, plan.k, plan.channels, plan.stride};
+  return {q + cloud * plan.num_points * plan.stride,
+          plan.neighbors + cloud * plan.num_points * plan.k,
+          plan.num_points,
+          plan.k,
+          plan.channels,
+          plan.stride};
 }
 
-inline ScalarType slot_type(int64_t k) { return k <= kByteSlots ? ScalarType::Byte : ScalarType::Int; }
+inline ScalarType slot_type(int64_t k) {
+  return k <= kByteSlots ? ScalarType::Byte : ScalarType::Int;
+}
 
 // Where the slots of a row begin; null stays null.
 template <typename T>
@@ -226,16 +240,35 @@ std::vector<double> edge_gradients(const EdgePlan<T>& plan, const ReverseAdjacen
       const EdgeBlock block = edge_block(plan, n);
       const int64_t first_row = block.cloud * plan.num_points;
       const int64_t* offsets = reverse.offsets.data() + first_row;
-      const EdgeReverseArgs<T> args{offsets, reverse.edges.data(), plan.k, plan.stride, grad_linear, slots,
-                                    centers, q == nullptr ? nullptr : q + first_row * plan.stride};
+      const EdgeReverseArgs<T> args{offsets,     reverse.edges.data(),
+                                    plan.k,      plan.stride,
+                                    grad_linear, slots,
+                                    centers,     q == nullptr ? nullptr : q + first_row * plan.stride};
       AVATAR_ISA_CALL(edge_conv_reverse, args, block.begin, block.end, grad_neighbor, deviations);
       combine(block, offsets, grad_neighbor, deviations, grad_own);
 
-      const MatrixProduct<T> from_own{grad_own, plan.stride, 1, plan.own.data(), plan.input_stride, grad_tile,
-                                      plan.input_stride, block.rows(), plan.channels, plan.input_stride, false};
-      const MatrixProduct<T> from_neighbor{grad_neighbor, plan.stride, 1, plan.neighbor.data(), plan.input_stride,
-                                           grad_tile, plan.input_stride, block.rows(), plan.channels,
-                                           plan.input_stride, true};
+      const MatrixProduct<T> from_own{grad_own,
+                                      plan.stride,
+                                      1,
+                                      plan.own.data(),
+                                      plan.input_stride,
+                                      grad_tile,
+                                      plan.input_stride,
+                                      block.rows(),
+                                      plan.channels,
+                                      plan.input_stride,
+                                      false};
+      const MatrixProduct<T> from_neighbor{grad_neighbor,
+                                           plan.stride,
+                                           1,
+                                           plan.neighbor.data(),
+                                           plan.input_stride,
+                                           grad_tile,
+                                           plan.input_stride,
+                                           block.rows(),
+                                           plan.channels,
+                                           plan.input_stride,
+                                           true};
       AVATAR_ISA_CALL(matrix_product, from_own);
       AVATAR_ISA_CALL(matrix_product, from_neighbor);
       copy_centered_rows(plan, block, centered);
@@ -250,12 +283,28 @@ std::vector<double> edge_gradients(const EdgePlan<T>& plan, const ReverseAdjacen
         }
       }
       T* own_part = weight_parts.data() + part * 2 * part_size;
-      const MatrixProduct<T> to_own{grad_own, 1, plan.stride, center_own ? centered : raw, plan.input_stride,
-                                    own_part, plan.input_stride, plan.channels, block.rows(), plan.input_stride,
+      const MatrixProduct<T> to_own{grad_own,
+                                    1,
+                                    plan.stride,
+                                    center_own ? centered : raw,
+                                    plan.input_stride,
+                                    own_part,
+                                    plan.input_stride,
+                                    plan.channels,
+                                    block.rows(),
+                                    plan.input_stride,
                                     true};
-      const MatrixProduct<T> to_neighbor{grad_neighbor, 1, plan.stride, centered, plan.input_stride,
-                                         own_part + part_size, plan.input_stride, plan.channels, block.rows(),
-                                         plan.input_stride, true};
+      const MatrixProduct<T> to_neighbor{grad_neighbor,
+                                         1,
+                                         plan.stride,
+                                         centered,
+                                         plan.input_stride,
+                                         own_part + part_size,
+                                         plan.input_stride,
+                                         plan.channels,
+                                         block.rows(),
+                                         plan.input_stride,
+                                         true};
       AVATAR_ISA_CALL(matrix_product, to_own);
       AVATAR_ISA_CALL(matrix_product, to_neighbor);
     }

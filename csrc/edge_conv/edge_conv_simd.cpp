@@ -135,7 +135,8 @@ void gather_panel(const EdgeGatherArgs<T>& args, int64_t row, int64_t column, co
     const Vector<T> seen = load(statistics->mean + c);
     const Vector<T> step = (center[v] - mean[v]) - seen;
     store(statistics->mean + c, seen + step * share);
-    store(statistics->squares + c, load(statistics->squares + c) + squares[v] + step * step * (before * share));
+    store(statistics->squares + c,
+          load(statistics->squares + c) + squares[v] + step * step * (before * share));
   }
 }
 
@@ -291,18 +292,18 @@ void reverse_any(const EdgeReverseArgs<T>& args, int64_t begin, int64_t end, T* 
 
 }  // namespace
 
-#define AVATAR_DEFINE(T)                                                                                     \
-  int64_t edge_conv_gather(const EdgeGatherArgs<T>& args, int64_t begin, int64_t end, const T* u,            \
-                           EdgeStatistics<T>* statistics) {                                                  \
-    return gather_any(args, begin, end, u, statistics);                                                      \
-  }                                                                                                          \
-  void edge_conv_norm_backward(const EdgeNormBackwardArgs<T>& args, int64_t begin, int64_t end, const T* u,  \
-                               T* sum_grad, T* sum_grad_normalized) {                                        \
-    norm_backward_any(args, begin, end, u, sum_grad, sum_grad_normalized);                                   \
-  }                                                                                                          \
-  void edge_conv_reverse(const EdgeReverseArgs<T>& args, int64_t begin, int64_t end, T* grad_neighbor,       \
-                         T* deviations) {                                                                    \
-    reverse_any(args, begin, end, grad_neighbor, deviations);                                                \
+#define AVATAR_DEFINE(T)                                                                                    \
+  int64_t edge_conv_gather(const EdgeGatherArgs<T>& args, int64_t begin, int64_t end, const T* u,           \
+                           EdgeStatistics<T>* statistics) {                                                 \
+    return gather_any(args, begin, end, u, statistics);                                                     \
+  }                                                                                                         \
+  void edge_conv_norm_backward(const EdgeNormBackwardArgs<T>& args, int64_t begin, int64_t end, const T* u, \
+                               T* sum_grad, T* sum_grad_normalized) {                                       \
+    norm_backward_any(args, begin, end, u, sum_grad, sum_grad_normalized);                                  \
+  }                                                                                                         \
+  void edge_conv_reverse(const EdgeReverseArgs<T>& args, int64_t begin, int64_t end, T* grad_neighbor,      \
+                         T* deviations) {                                                                   \
+    reverse_any(args, begin, end, grad_neighbor, deviations);                                               \
   }
 AVATAR_DEFINE(float)
 AVATAR_DEFINE(double)

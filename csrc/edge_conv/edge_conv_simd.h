@@ -27,8 +27,8 @@ struct EdgeCloud {
 template <typename T>
 struct EdgeGatherArgs {
   EdgeCloud<T> cloud;
-  T* output;     // (num_points, channels): the activation of h, or h itself where `activate` is false
-  void* slots;   // padded (num_points, stride), bytes if k <= kByteSlots, else int32; or null
+  T* output;    // (num_points, channels): the activation of h, or h itself where `activate` is false
+  void* slots;  // padded (num_points, stride), bytes if k <= kByteSlots, else int32; or null
   T negative_slope;
   bool activate;
   // Channels whose first neighbour is taken instead of the largest h.
@@ -77,12 +77,12 @@ struct EdgeReverseArgs {
 //   the normalised h.
 // edge_conv_reverse: points [begin, end) of a cloud; writes the padded sums of grad_linear over the edges
 //   where the point was the largest and, with centers, of h - mean over all its edges.
-#define AVATAR_DECLARE_TYPE(T)                                                                           \
-  int64_t edge_conv_gather(const EdgeGatherArgs<T>& args, int64_t begin, int64_t end, const T* u,        \
-                           EdgeStatistics<T>* statistics);                                               \
+#define AVATAR_DECLARE_TYPE(T)                                                                              \
+  int64_t edge_conv_gather(const EdgeGatherArgs<T>& args, int64_t begin, int64_t end, const T* u,           \
+                           EdgeStatistics<T>* statistics);                                                  \
   void edge_conv_norm_backward(const EdgeNormBackwardArgs<T>& args, int64_t begin, int64_t end, const T* u, \
-                               T* sum_grad, T* sum_grad_normalized);                                     \
-  void edge_conv_reverse(const EdgeReverseArgs<T>& args, int64_t begin, int64_t end, T* grad_neighbor,   \
+                               T* sum_grad, T* sum_grad_normalized);                                        \
+  void edge_conv_reverse(const EdgeReverseArgs<T>& args, int64_t begin, int64_t end, T* grad_neighbor,      \
                          T* deviations);
 #define AVATAR_DECLARE(ISA)   \
   namespace ISA {             \

@@ -38,9 +38,7 @@ def test_missing_neighbors_change_nothing(isa):
     x, neighbors, weight = linear_inputs(torch.float32)
     gaps = torch.full_like(neighbors, -1)
     spread = torch.stack([gaps, neighbors], -1).flatten(2)
-    assert torch.equal(
-        avatar_ops.edge_conv(x, spread, weight), avatar_ops.edge_conv(x, neighbors, weight)
-    )
+    assert torch.equal(avatar_ops.edge_conv(x, spread, weight), avatar_ops.edge_conv(x, neighbors, weight))
 
 
 def test_garbage_that_is_nobodys_neighbor_reaches_nothing(isa):
@@ -187,9 +185,7 @@ def test_what_the_backward_pass_needs_is_kept_only_for_it():
 def test_many_small_clouds_equal_each_alone(isa):
     x, neighbors, weight = linear_inputs(torch.float32, points=7)
     x, neighbors = x.repeat(9, 1, 1), neighbors.repeat(9, 1, 1)
-    alone = torch.stack(
-        [avatar_ops.edge_conv(a, n, weight) for a, n in zip(x, neighbors, strict=True)]
-    )
+    alone = torch.stack([avatar_ops.edge_conv(a, n, weight) for a, n in zip(x, neighbors, strict=True)])
     assert torch.equal(avatar_ops.edge_conv(x, neighbors, weight), alone)
 
 
