@@ -8,6 +8,7 @@ from .composite_points import composite_points
 from .edge_conv import edge_conv
 from .edge_max import edge_max
 from .modulated_conv2d import modulated_conv2d
+from .random_sample import random_sample
 from .rasterize_points import Fragments, rasterize_points
 from .upfirdn2d import upfirdn2d
 
@@ -24,6 +25,7 @@ __all__ = [
     "edge_max",
     "modulated_conv2d",
     "nn",
+    "random_sample",
     "rasterize_points",
     "upfirdn2d",
 ]

@@ -7,6 +7,8 @@ written for clarity: it may form every pair and every edge. All of them run in t
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -188,6 +190,74 @@ def edge_conv_norm(
     scale = gamma * (variance + eps).rsqrt()
     output = edge_mlp(x, neighbors, [weight], [scale], [beta - mean * scale], negative_slope=negative_slope)
     return output, (mean.detach(), variance.detach(), count)
+
+
+_SAMPLE_ROUNDS = 12
+_SMALL_CLOUD = 64
+_MASK32 = (1 << 32) - 1
+_MASK64 = (1 << 64) - 1
+
+
+def _mix64(value: int) -> int:
+    """The finaliser of SplitMix64 on integers modulo 2**64."""
+    value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 & _MASK64
+    value = (value ^ value >> 27) * 0x94D049BB133111EB & _MASK64
+    return value ^ value >> 31
+
+
+def _key_stream(key: int, count: int) -> list[int]:
+    return [_mix64(key + 0x9E3779B97F4A7C15 * (i + 1) & _MASK64) for i in range(count)]
+
+
+def _keyed_hash(values: Tensor, key: int, size: int) -> Tensor:
+    """Maps int64 values below 2**32 to [0, size) by the finaliser of MurmurHash3."""
+    h = values + (key & _MASK32) & _MASK32
+    h = (h ^ h >> 16) * 0x85EBCA6B & _MASK32
+    h = (h ^ h >> 13) * 0xC2B2AE35 & _MASK32
+    h = h ^ h >> 16 ^ key >> 32
+    return h * size >> 32
+
+
+def _permuted(key: int, length: int, count: int) -> Tensor:
+    """The images of 0 .. count-1 under the permutation of [0, length) that `key` chooses."""
+    if length <= _SMALL_CLOUD:
+        order = list(range(length))
+        for i, word in enumerate(_key_stream(key, count)):
+            j = i + ((word >> 32) * (length - i) >> 32)
+            order[i], order[j] = order[j], order[i]
+        return torch.tensor(order[:count], dtype=torch.int64)
+    rows = math.isqrt(length - 1) + 1
+    columns = -(-length // rows)
+    keys = _key_stream(key, _SAMPLE_ROUNDS)
+    indices = torch.arange(count)
+    outside = torch.ones(count, dtype=torch.bool)
+    while outside.any():
+        left, right = indices // columns, indices % columns
+        for even, odd in zip(keys[::2], keys[1::2], strict=True):
+            left = (left + _keyed_hash(right, even, rows)) % rows
+            right = (right + _keyed_hash(left, odd, columns)) % columns
+        indices = torch.where(outside, left * columns + right, indices)
+        outside = indices >= length
+    return indices
+
+
+def random_sample(
+    num_points: int,
+    num_samples: int,
+    *,
+    batch_size: int | None = None,
+    lengths: Tensor | None = None,
+    seed: int,
+) -> Tensor:
+    """(num_samples,) or (B, num_samples) int64, bit for bit: see avatar_ops.random_sample."""
+    batched = batch_size is not None or lengths is not None
+    sizes = [num_points] * (1 if batch_size is None else batch_size) if lengths is None else lengths.tolist()
+    key = _mix64(seed + 0x9E3779B97F4A7C15 & _MASK64)
+    indices = torch.full((len(sizes), num_samples), -1)
+    for b, size in enumerate(sizes):
+        count = min(size, num_samples)
+        indices[b, :count] = _permuted(_mix64(key + b & _MASK64), size, count)
+    return indices if batched else indices.squeeze(0)
 
 
 def local_attention_pool(
