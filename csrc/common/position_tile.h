@@ -1,0 +1,303 @@
+// The position network on a tile of edges, forward and backward. For *_simd.cpp only.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "common/position_mlp.h"
+#include "common/tile_product.h"
+
+namespace avatar {
+namespace AVATAR_ISA {
+namespace {
+
+// Edges of a tile: a multiple of kRowBlock for every instruction set.
+constexpr int64_t kTileRows = 48;
+// Points whose incoming edges are gathered before their gradients are finished: likewise.
+constexpr int64_t kPointBlock = 24;
+
+// A tile of edges in segments: consecutive edges of one centre (forward) or into one point (backward).
+template <typename T>
+class PositionTile {
+ public:
+  PositionTile(const PositionMlp<T>& mlp, int64_t least_rows)
+      : mlp_(mlp),
+        capacity_(round_up(std::max(kTileRows, least_rows), kRowBlock)),
+        indices_(5 * capacity_ + 1),
+        code_(capacity_ * (mlp.code_padded + 1)),
+        hidden_(capacity_ * mlp.hidden_sum) {
+    std::fill_n(code_.get(), capacity_ * mlp.code_padded, T(0));
+    if (mlp.depth == 0) std::fill_n(hidden_.get(), capacity_ * mlp.hidden_sum, T(0));
+  }
+
+  int64_t capacity() const { return capacity_; }
+  int64_t count() const { return count_; }
+  int64_t rows() const { return round_up(count_, kRowBlock); }
+  int64_t segments() const { return segments_; }
+  int64_t segment_begin(int64_t s) const { return starts()[s]; }
+  int64_t segment_end(int64_t s) const { return s + 1 < segments_ ? starts()[s + 1] : count_; }
+  int64_t segment_point(int64_t s) const { return points()[s]; }
+  int64_t center(int64_t row) const { return indices_.get()[row]; }
+  int64_t neighbor(int64_t row) const { return indices_.get()[capacity_ + row]; }
+  int64_t edge(int64_t row) const { return indices_.get()[2 * capacity_ + row]; }
+
+  void clear() { count_ = segments_ = 0; }
+  void begin_segment(int64_t point) {
+    starts()[segments_] = count_;
+    points()[segments_++] = point;
+  }
+  void add(int64_t center, int64_t neighbor, int64_t edge) {
+    indices_.get()[count_] = center;
+    indices_.get()[capacity_ + count_] = neighbor;
+    indices_.get()[2 * capacity_ + count_++] = edge;
+  }
+
+  // What comes out of layer l; without layers, the code itself.
+  T* hidden(int64_t layer) const {
+    int64_t offset = 0;
+    for (int64_t l = 0; l < layer; ++l) offset += mlp_.layers[l].out;
+    return hidden_.row(offset * capacity_);
+  }
+  T* output() const { return hidden(std::max<int64_t>(mlp_.depth - 1, 0)); }
+
+  void forward() {
+    for (int64_t row = count_; row < rows(); ++row) {
+      indices_.get()[row] = center(count_ - 1);
+      indices_.get()[capacity_ + row] = neighbor(count_ - 1);
+    }
+    geometry();
+    if (mlp_.depth == 0) return whole_code();
+    const T slope = mlp_.slope;
+    for (int64_t l = 0; l < mlp_.depth; ++l) {
+      const PositionLayer<T>& layer = mlp_.layers[l];
+      T* out = hidden(l);
+      const int64_t width = layer.out;
+      const auto done = [=](int64_t row, int64_t column, Vector<T> sum) {
+        store(out + row * width + column, leaky_relu(sum, slope));
+      };
+      if (l == 0) {
+        const auto halves = [&](int64_t row, int64_t column) {
+          return load(mlp_.center_half + center(row) * width + column) +
+                 load(mlp_.neighbor_half + neighbor(row) * width + column);
+        };
+        product(rows(), mlp_.dims + 1, width, code_.get(), mlp_.code_padded, layer.weight, halves, done);
+      } else {
+        const T* bias = layer.bias;
+        const auto start = [=](int64_t, int64_t column) { return load(bias + column); };
+        product(rows(), layer.in, width, hidden(l - 1), layer.in, layer.weight, start, done);
+      }
+    }
+  }
+
+  // `gradient` (capacity, widest) holds the gradient of output() in rows of out_padded and is overwritten, as
+  // is `other`. Adds weight gradients to `weights`, and what the edges of a segment leave behind for the
+  // first layer's bias and neighbour half to `point_sums` (kPointBlock, out of the first layer), at the
+  // segment's point. With depth 0 and otherwise where the points want gradients, adds to `point_gradients`
+  // (kPointBlock, dims_padded) and fills the edge gradients.
+  void backward(T* gradient, T* other, T* weights, T* point_sums, T* point_gradients,
+                T* edge_gradient) const {
+    if (mlp_.depth == 0) return code_backward(gradient, point_gradients, edge_gradient);
+    for (int64_t l = mlp_.depth - 1; l >= 0; --l) {
+      const PositionLayer<T>& layer = mlp_.layers[l];
+      const T* out = hidden(l);
+      for (int64_t i = 0; i < rows() * layer.out; i += kLanes<T>) {
+        const Vector<T> g = load(gradient + i);
+        store(gradient + i, load(out + i) > T(0) ? g : g * mlp_.slope);
+      }
+      const T* in = l == 0 ? code_.get() : hidden(l - 1);
+      add_outer(count_, gradient, layer.out, layer.out, in, layer.in, layer.in, weights + layer.gradient,
+                layer.in);
+      if (l == 0) {
+        for (int64_t s = 0; s < segments_; ++s) {
+          add_rows(segment_end(s) - segment_begin(s), gradient + segment_begin(s) * layer.out, layer.out,
+                   layer.out, point_sums + segment_point(s) * layer.out);
+        }
+        if (!edge_gradient) return;
+      } else {
+        add_rows(count_, gradient, layer.out, layer.out, weights + layer.bias_gradient);
+      }
+      const int64_t width = layer.in;
+      product(
+          rows(), layer.out, width, gradient, layer.out, layer.transposed,
+          [](int64_t, int64_t) { return Vector<T>{}; },
+          [=](int64_t row, int64_t column, Vector<T> sum) { store(other + row * width + column, sum); });
+      std::swap(gradient, other);
+    }
+    const int64_t width = mlp_.code_padded;
+    geometry_backward(
+        gradient + mlp_.dims, width, point_gradients, edge_gradient,
+        [=](int64_t row, int64_t d) { return gradient[row * width + d]; },
+        [](int64_t, int64_t) { return T(0); });
+  }
+
+ private:
+  int64_t* starts() const { return indices_.row(3 * capacity_); }
+  int64_t* points() const { return indices_.row(4 * capacity_); }
+
+  void geometry() {
+    const int64_t dims = mlp_.dims, width = mlp_.code_padded;
+    T* squared = code_.row(capacity_ * width);
+    for (int64_t row = 0; row < rows(); ++row) {
+      const T* p = mlp_.points + center(row) * dims;
+      const T* q = mlp_.points + neighbor(row) * dims;
+      T sum = 0;
+      for (int64_t d = 0; d < dims; ++d) {
+        const T difference = p[d] - q[d];
+        code_.get()[row * width + d] = difference;
+        sum += difference * difference;
+      }
+      squared[row] = sum;
+    }
+    for (int64_t row = 0; row < rows(); ++row) squared[row] = std::sqrt(squared[row]);
+    for (int64_t row = 0; row < rows(); ++row) code_.get()[row * width + dims] = squared[row];
+  }
+
+  void whole_code() {
+    const int64_t dims = mlp_.dims, width = mlp_.out_padded;
+    for (int64_t row = 0; row < rows(); ++row) {
+      T* code = hidden_.row(row * width);
+      std::copy_n(mlp_.points + center(row) * dims, dims, code);
+      std::copy_n(mlp_.points + neighbor(row) * dims, dims, code + dims);
+      std::copy_n(code_.row(row * mlp_.code_padded), dims + 1, code + 2 * dims);
+    }
+  }
+
+  void code_backward(const T* gradient, T* point_gradients, T* edge_gradient) const {
+    const int64_t dims = mlp_.dims, width = mlp_.out_padded;
+    geometry_backward(
+        gradient + 3 * dims, width, point_gradients, edge_gradient,
+        [=](int64_t row, int64_t d) {
+          return gradient[row * width + d] + gradient[row * width + 2 * dims + d];
+        },
+        [=](int64_t row, int64_t d) {
+          return gradient[row * width + dims + d] - gradient[row * width + 2 * dims + d];
+        });
+  }
+
+  // `distance` is the gradient of the distance of row 0; its direction adds to `center` and `neighbor`.
+  template <typename Center, typename Neighbor>
+  void geometry_backward(const T* distance, int64_t stride, T* point_gradients, T* edge_gradient,
+                         const Center& to_center, const Neighbor& to_neighbor) const {
+    const int64_t dims = mlp_.dims;
+    for (int64_t s = 0; s < segments_; ++s) {
+      T* sum = point_gradients + segment_point(s) * mlp_.dims_padded;
+      for (int64_t row = segment_begin(s); row < segment_end(s); ++row) {
+        const T* code = code_.row(row * mlp_.code_padded);
+        const T factor = code[dims] > T(0) ? distance[row * stride] / code[dims] : T(0);
+        for (int64_t d = 0; d < dims; ++d) {
+          edge_gradient[edge(row) * dims + d] = to_center(row, d) + factor * code[d];
+          sum[d] += to_neighbor(row, d) - factor * code[d];
+        }
+      }
+    }
+  }
+
+  const PositionMlp<T>& mlp_;
+  const int64_t capacity_;
+  int64_t count_ = 0, segments_ = 0;
+  Scratch<int64_t> indices_;
+  Scratch<T> code_, hidden_;
+};
+
+// Fills tiles with the edges of rows [begin, end), whole rows, and calls body(first row, rows) for each.
+// neighbors (rows, k) of clouds of `cloud` rows each. Returns the flat position of the first neighbour out of
+// range, or -1.
+template <typename T, typename Body>
+inline int64_t walk_rows(PositionTile<T>& tile, const int64_t* neighbors, int64_t k, int64_t cloud,
+                         int64_t begin, int64_t end, const Body& body) {
+  for (int64_t row = begin; row < end;) {
+    tile.clear();
+    const int64_t first = row;
+    for (; row < end && row - first < tile.capacity() && tile.count() + k <= tile.capacity(); ++row) {
+      const int64_t base = row / cloud * cloud;
+      tile.begin_segment(row);
+      for (int64_t edge = row * k; edge < (row + 1) * k; ++edge) {
+        if (neighbors[edge] == -1) continue;
+        if (neighbors[edge] < 0 || neighbors[edge] >= cloud) return edge;
+        tile.add(row, base + neighbors[edge], edge);
+      }
+    }
+    body(first, row - first);
+  }
+  return -1;
+}
+
+// Fills tiles with the edges into points [first, first + count), count at most kPointBlock, and calls body()
+// for each; segments name points relative to `first`.
+template <typename T, typename Body>
+inline void walk_incoming(PositionTile<T>& tile, const IncomingEdges<T>& incoming, int64_t first,
+                          int64_t count, const Body& body) {
+  tile.clear();
+  for (int64_t p = 0; p < count; ++p) {
+    const int64_t* offset = incoming.offsets + first - incoming.first_point + p;
+    if (offset[0] == offset[1]) continue;
+    if (tile.count() < tile.capacity()) tile.begin_segment(p);
+    for (int64_t e = offset[0]; e < offset[1]; ++e) {
+      if (tile.count() == tile.capacity()) {
+        body();
+        tile.clear();
+        tile.begin_segment(p);
+      }
+      tile.add(incoming.first_row + incoming.edges[e] / incoming.k, first + p, incoming.edges[e]);
+    }
+  }
+  if (tile.count() > 0) body();
+}
+
+// Gradients of one block of points, kept until all edges into them are done.
+template <typename T>
+class PointBlock {
+ public:
+  explicit PointBlock(const PositionMlp<T>& mlp)
+      : mlp_(mlp),
+        width_(mlp.depth ? mlp.layers[0].out : 0),
+        sums_(kPointBlock * width_),
+        points_(kPointBlock * mlp.dims_padded),
+        gradients_(kPointBlock * mlp.dims_padded) {
+    std::fill_n(points_.get(), kPointBlock * mlp.dims_padded, T(0));
+  }
+  T* sums() const { return sums_.get(); }
+  T* gradients() const { return gradients_.get(); }
+
+  void begin() {
+    std::fill_n(sums_.get(), kPointBlock * width_, T(0));
+    std::fill_n(gradients_.get(), kPointBlock * mlp_.dims_padded, T(0));
+  }
+
+  // Adds the block's share to the weight gradients and to grad_points, where wanted.
+  void finish(int64_t first, int64_t count, T* weights, T* grad_points) {
+    const int64_t dims = mlp_.dims, dims_padded = mlp_.dims_padded;
+    if (mlp_.depth > 0) {
+      for (int64_t p = 0; p < count; ++p) {
+        std::copy_n(mlp_.points + (first + p) * dims, dims, points_.row(p * dims_padded));
+      }
+      add_rows(count, sums_.get(), width_, width_, weights + mlp_.layers[0].bias_gradient);
+      add_outer(count, sums_.get(), width_, width_, points_.get(), dims_padded, dims_padded,
+                weights + mlp_.neighbor_gradient, dims_padded);
+    }
+    if (!grad_points) return;
+    T* gradients = gradients_.get();
+    if (mlp_.depth > 0) {
+      product(
+          round_up(count, kRowBlock), width_, dims_padded, sums_.get(), width_, mlp_.to_neighbor,
+          [=](int64_t row, int64_t column) { return load(gradients + row * dims_padded + column); },
+          [=](int64_t row, int64_t column, Vector<T> sum) {
+            store(gradients + row * dims_padded + column, sum);
+          });
+    }
+    for (int64_t p = 0; p < count; ++p) {
+      for (int64_t d = 0; d < dims; ++d) {
+        grad_points[(first + p) * dims + d] += gradients[p * dims_padded + d];
+      }
+    }
+  }
+
+ private:
+  const PositionMlp<T>& mlp_;
+  const int64_t width_;
+  Scratch<T> sums_, points_, gradients_;
+};
+
+}  // namespace
+}  // namespace AVATAR_ISA
+}  // namespace avatar

@@ -1,0 +1,259 @@
+// Position networks between torch and kernels: packing weights, precomputing the per-point halves, and
+// handing weight gradients back.
+#pragma once
+
+#include <algorithm>
+#include <memory>
+#include <vector>
+
+#include "common/adjacency.h"
+#include "common/position_mlp.h"
+#include "common/project_rows_simd.h"
+#include "common/tensor.h"
+
+namespace avatar {
+
+// Widths are padded to vectors of this many bytes, as in tile_product.h.
+inline int64_t vector_bytes() {
+  return current_isa() == Isa::avx512 ? 64 : current_isa() == Isa::avx2 ? 32 : 16;
+}
+
+template <typename T>
+int64_t padded_width(int64_t width) {
+  const int64_t lanes = vector_bytes() / static_cast<int64_t>(sizeof(T));
+  return (width + lanes - 1) / lanes * lanes;
+}
+
+// A (depth, columns) matrix in panels of two vectors' width, each (depth, width); `columns` is padded.
+template <typename T, typename Value>
+std::vector<T> pack_panels(int64_t depth, int64_t columns, const Value& value) {
+  std::vector<T> packed(depth * columns);
+  const int64_t panel = 2 * vector_bytes() / static_cast<int64_t>(sizeof(T));
+  T* target = packed.data();
+  for (int64_t first = 0; first < columns; first += panel) {
+    const int64_t last = std::min(first + panel, columns);
+    for (int64_t d = 0; d < depth; ++d) {
+      for (int64_t c = first; c < last; ++c) *target++ = value(d, c);
+    }
+  }
+  return packed;
+}
+
+// rows (rows, sum of widths) with every part padded; the tensor itself where nothing is to pad.
+template <typename T>
+Tensor pad_parts(const Tensor& rows, const std::vector<int64_t>& widths) {
+  const int64_t count = rows.size(0);
+  int64_t width = 0, wide = 0;
+  for (const int64_t part : widths) width += part, wide += padded_width<T>(part);
+  if (width == wide) return rows;
+  Tensor padded = torch::stable::new_zeros(rows, {count, wide});
+  const T* from = const_data<T>(rows);
+  T* to = mutable_data<T>(padded);
+  torch::stable::parallel_for(0, count, 4096, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const T* source = from + row * width;
+      T* target = to + row * wide;
+      for (const int64_t part : widths) {
+        std::copy_n(source, part, target);
+        source += part;
+        target += padded_width<T>(part);
+      }
+    }
+  });
+  return padded;
+}
+
+// (rows, columns) = a (rows, depth) times packed b.
+template <typename T>
+Tensor project_tensor(const Tensor& a, int64_t columns, const std::vector<T>& packed, const T* bias) {
+  const int64_t rows = a.size(0), depth = a.size(1);
+  Tensor target = torch::stable::new_empty(a, {rows, columns});
+  const int64_t grain = std::max<int64_t>(64, 65536 / std::max<int64_t>(1, depth * columns));
+  torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
+    AVATAR_ISA_CALL(project_rows, end - begin, depth, columns, const_data<T>(a) + begin * depth,
+                    packed.data(), bias, mutable_data<T>(target) + begin * columns);
+  });
+  return target;
+}
+
+// The position network of points (rows, dims): owns what its PositionMlp points to.
+template <typename T>
+class PositionWeights {
+ public:
+  PositionWeights(const Tensor& points, const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
+                  double slope)
+      : points_(points), depth_(weights.size()) {
+    const int64_t dims = points.size(1);
+    mlp_.points = const_data<T>(points);
+    mlp_.dims = dims;
+    mlp_.dims_padded = padded_width<T>(dims);
+    mlp_.code_padded = padded_width<T>(dims + 1);
+    mlp_.depth = depth_;
+    mlp_.slope = static_cast<T>(slope);
+    mlp_.out_padded = mlp_.hidden_sum = mlp_.widest = padded_width<T>(3 * dims + 1);
+    if (depth_ == 0) return;
+    mlp_.hidden_sum = 0;
+    mlp_.widest = mlp_.code_padded;
+    for (int64_t l = 0; l < depth_; ++l) {
+      weights_.push_back(to_compute(weights[l]));
+      biases_.push_back(to_compute(biases[l]));
+      add_layer(l);
+    }
+    mlp_.layers = layers_.data();
+    mlp_.out_padded = layers_.back().out;
+    const int64_t out = layers_[0].out;
+    const auto half = [&](int64_t offset) {
+      return pack_panels<T>(dims, out, [&](int64_t d, int64_t o) { return at(0, o, offset + d); });
+    };
+    center_half_ = project_tensor<T>(points, out, half(0), layers_[0].bias);
+    neighbor_half_ = project_tensor<T>(points, out, half(dims), static_cast<const T*>(nullptr));
+    mlp_.center_half = const_data<T>(*center_half_);
+    mlp_.neighbor_half = const_data<T>(*neighbor_half_);
+    to_neighbor_ = pack_panels<T>(out, mlp_.dims_padded, [&](int64_t o, int64_t d) {
+      return d < dims ? at(0, o, dims + d) - at(0, o, 2 * dims + d) : T(0);
+    });
+    mlp_.to_neighbor = to_neighbor_.data();
+  }
+  PositionWeights(const PositionWeights&) = delete;
+  PositionWeights& operator=(const PositionWeights&) = delete;
+
+  const PositionMlp<T>& mlp() const { return mlp_; }
+  int64_t width() const { return depth_ ? weights_.back().size(0) : 3 * mlp_.dims + 1; }
+  // Numbers in a block of this network's weight gradients.
+  int64_t gradient_size() const { return gradient_size_; }
+
+  // The gradients of weights, then of biases, from a block.
+  std::vector<Tensor> gradients(const T* block) const {
+    std::vector<Tensor> result;
+    for (int64_t l = 0; l < depth_; ++l) {
+      Tensor gradient = torch::stable::new_empty(weights_[l], {weights_[l].size(0), weights_[l].size(1)});
+      const int64_t dims = mlp_.dims, in = weights_[l].size(1);
+      T* target = mutable_data<T>(gradient);
+      for (int64_t o = 0; o < weights_[l].size(0); ++o) {
+        const T* direct = block + layers_[l].gradient + o * layers_[l].in;
+        if (l > 0) {
+          std::copy_n(direct, in, target + o * in);
+          continue;
+        }
+        // p_i = p_j + (p_i - p_j), hence the centre's gradient is the neighbour's and the difference's.
+        const T* neighbor = block + mlp_.neighbor_gradient + o * mlp_.dims_padded;
+        for (int64_t d = 0; d < dims; ++d) target[o * in + d] = neighbor[d] + direct[d];
+        std::copy_n(neighbor, dims, target + o * in + dims);
+        std::copy_n(direct, dims + 1, target + o * in + 2 * dims);
+      }
+      result.push_back(gradient);
+    }
+    for (int64_t l = 0; l < depth_; ++l) {
+      Tensor gradient = torch::stable::new_empty(biases_[l], {biases_[l].size(0)});
+      std::copy_n(block + layers_[l].bias_gradient, biases_[l].size(0), mutable_data<T>(gradient));
+      result.push_back(gradient);
+    }
+    return result;
+  }
+
+ private:
+  T at(int64_t l, int64_t row, int64_t column) const {
+    const int64_t rows = weights_[l].size(0), columns = weights_[l].size(1);
+    return row < rows && column < columns ? const_data<T>(weights_[l])[row * columns + column] : T(0);
+  }
+
+  void add_layer(int64_t l) {
+    const int64_t dims = mlp_.dims, true_out = weights_[l].size(0), out = padded_width<T>(true_out);
+    const int64_t in = l == 0 ? mlp_.code_padded : layers_[l - 1].out;
+    if (l == 0) {
+      packed_.push_back(
+          pack_panels<T>(dims + 1, out, [&](int64_t d, int64_t o) { return at(0, o, 2 * dims + d); }));
+      packed_.push_back(pack_panels<T>(out, in, [&](int64_t o, int64_t d) {
+        return d < dims ? at(0, o, d) + at(0, o, 2 * dims + d) : d == dims ? at(0, o, 3 * dims) : T(0);
+      }));
+    } else {
+      packed_.push_back(pack_panels<T>(in, out, [&](int64_t i, int64_t o) { return at(l, o, i); }));
+      packed_.push_back(pack_panels<T>(out, in, [&](int64_t o, int64_t i) { return at(l, o, i); }));
+    }
+    std::vector<T> bias(out, T(0));
+    std::copy_n(const_data<T>(biases_[l]), true_out, bias.begin());
+    packed_.push_back(std::move(bias));
+    PositionLayer<T> layer{in, out, nullptr, nullptr, nullptr, 0, 0};
+    layer.weight = packed_[3 * l].data();
+    layer.transposed = packed_[3 * l + 1].data();
+    layer.bias = packed_[3 * l + 2].data();
+    layer.gradient = reserve(out * in);
+    layer.bias_gradient = reserve(out);
+    if (l == 0) mlp_.neighbor_gradient = reserve(out * mlp_.dims_padded);
+    layers_.push_back(layer);
+    mlp_.hidden_sum += out;
+    mlp_.widest = std::max(mlp_.widest, out);
+  }
+
+  int64_t reserve(int64_t count) { return std::exchange(gradient_size_, gradient_size_ + count); }
+
+  PositionMlp<T> mlp_{};
+  Tensor points_;
+  int64_t depth_, gradient_size_ = 0;
+  std::vector<Tensor> weights_, biases_;
+  std::vector<PositionLayer<T>> layers_;
+  std::vector<std::vector<T>> packed_;
+  std::vector<T> to_neighbor_;
+  std::optional<Tensor> center_half_, neighbor_half_;
+};
+
+// Walks the edges of neighbors (batch, rows, k) by the point they lead to, in rounds whose working memory is
+// bounded by `numbers_per_point` numbers a point, and sums weight gradients in blocks of points that do not
+// depend on the number of threads. body(incoming, begin, end, weights) handles points [begin, end). Returns
+// the weight gradients. grad_points (rows of all clouds, dims) is added to, where given.
+template <typename T, typename Body>
+std::vector<T> backward_by_points(const Tensor& neighbors, int64_t gradient_size, int64_t dims,
+                                  int64_t numbers_per_point, T* grad_points, const Body& body) {
+  constexpr int64_t kMostBlocks = 64, kLeastPoints = 96, kLeastRows = 4096;
+  const int64_t batch = neighbors.size(0), cloud = neighbors.size(1), k = neighbors.size(2);
+  const int64_t per_row = std::max<int64_t>(1, k * (dims + 2));
+  const int64_t most_rows =
+      std::max(kLeastRows, batch * cloud * std::max<int64_t>(1, 4 * numbers_per_point / per_row));
+  const int64_t clouds_a_round = std::max<int64_t>(1, most_rows / std::max<int64_t>(1, cloud));
+  const int64_t rows_a_round = std::min(cloud, most_rows);
+  const int64_t round_points = std::min(batch, clouds_a_round) * cloud;
+  const int64_t affordable =
+      batch * cloud * std::max<int64_t>(1, numbers_per_point) / std::max<int64_t>(1, gradient_size);
+  const int64_t blocks =
+      std::clamp<int64_t>(std::min(affordable, round_points / kLeastPoints), 1, kMostBlocks);
+  std::vector<T> weights(blocks * gradient_size, T(0));
+  const std::unique_ptr<T[]> edge_gradient(
+      grad_points ? new T[std::min(batch, clouds_a_round) * rows_a_round * k * dims] : nullptr);
+  if (k > 0) {
+    for (int64_t b = 0; b < batch; b += clouds_a_round) {
+      const int64_t clouds = std::min(clouds_a_round, batch - b), points = clouds * cloud;
+      for (int64_t row = 0; row < cloud; row += rows_a_round) {
+        const int64_t rows = std::min(rows_a_round, cloud - row), first_row = b * cloud + row;
+        const int64_t* edges = const_data<int64_t>(neighbors) + first_row * k;
+        const ReverseAdjacency reverse = reverse_adjacency(edges, clouds, rows, k, cloud);
+        const IncomingEdges<T> incoming{reverse.offsets.data(), reverse.edges.data(), first_row, b * cloud, k,
+                                        edge_gradient.get(),    grad_points};
+        const int64_t size = (points + blocks - 1) / blocks;
+        parallel_tasks(blocks, [&](int64_t block) {
+          const int64_t begin = std::min(block * size, points), end = std::min(begin + size, points);
+          body(incoming, b * cloud + begin, b * cloud + end, weights.data() + block * gradient_size);
+        });
+        if (!grad_points) continue;
+        torch::stable::parallel_for(0, clouds * rows, 1024, [&](int64_t begin, int64_t end) {
+          for (int64_t r = begin; r < end; ++r) {
+            for (int64_t e = r * k; e < (r + 1) * k; ++e) {
+              if (edges[e] < 0) continue;
+              for (int64_t d = 0; d < dims; ++d) {
+                grad_points[(first_row + r) * dims + d] += edge_gradient[e * dims + d];
+              }
+            }
+          }
+        });
+      }
+    }
+  }
+  torch::stable::parallel_for(0, gradient_size, 4096, [&](int64_t begin, int64_t end) {
+    for (int64_t block = 1; block < blocks; ++block) {
+      for (int64_t i = begin; i < end; ++i) weights[i] += weights[block * gradient_size + i];
+    }
+  });
+  weights.resize(gradient_size);
+  return weights;
+}
+
+}  // namespace avatar

@@ -1,0 +1,264 @@
+// Small matrix products on tiles that stay in cache, and the vector arithmetic around them. For *_simd.cpp
+// only; everything here is local to the including file.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <new>
+
+namespace avatar {
+namespace AVATAR_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64, kRowBlock = 12, kMostOuter = 8;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32, kRowBlock = 6, kMostOuter = 4;
+#else
+constexpr int kVectorBytes = 16, kRowBlock = 6, kMostOuter = 4;
+#endif
+// Columns are worked on in panels of this many vectors; the last panel may have one.
+constexpr int kPanelVectors = 2;
+
+template <typename T>
+struct Vectors;
+template <>
+struct Vectors<float> {
+  typedef float Type __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
+  typedef int32_t Bits __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
+};
+template <>
+struct Vectors<double> {
+  typedef double Type __attribute__((vector_size(kVectorBytes), aligned(8), may_alias));
+  typedef int64_t Bits __attribute__((vector_size(kVectorBytes), aligned(8), may_alias));
+};
+template <typename T>
+using Vector = typename Vectors<T>::Type;
+template <typename T>
+constexpr int64_t kLanes = kVectorBytes / static_cast<int64_t>(sizeof(T));
+// Rows of an outer product held in registers; divides every padded width.
+template <typename T>
+constexpr int64_t kOuterBlock = std::min<int64_t>(kLanes<T>, kMostOuter);
+
+template <typename T>
+inline Vector<T> load(const T* source) {
+  return *reinterpret_cast<const Vector<T>*>(source);
+}
+template <typename T>
+inline void store(T* target, Vector<T> value) {
+  *reinterpret_cast<Vector<T>*>(target) = value;
+}
+template <typename T>
+inline Vector<T> splat(T value) {
+  return Vector<T>{} + value;
+}
+// Stores the first `count` lanes.
+template <typename T>
+inline void store_some(T* target, Vector<T> value, int64_t count) {
+  if (count >= kLanes<T>) return store(target, value);
+  T lanes[kLanes<T>];
+  store(lanes, value);
+  for (int64_t lane = 0; lane < count; ++lane) target[lane] = lanes[lane];
+}
+
+template <typename T>
+struct Numbers;
+// Polynomial for exp(r), |r| <= ln(2) / 2, highest power first: Chebyshev interpolation for float, the
+// Taylor series for double. `least` is where exp(x) would leave the normal numbers.
+template <>
+struct Numbers<float> {
+  static constexpr float round = 12582912.f, ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
+  static constexpr float log2e = 1.44269504f, least = -87.f;
+  static constexpr int mantissa = 23, log_terms = 5;
+  static constexpr int32_t one = 0x3F800000;
+  static constexpr float exp[] = {
+      0.00139421597f, 0.00837596785f, 0.0416663401f, 0.166664049f, 0.5f, 1.f, 1.f};
+};
+template <>
+struct Numbers<double> {
+  static constexpr double round = 6755399441055744., ln2_high = 0x1.62e42fefap-1,
+                          ln2_low = 0x1.cf79abc9e3b3ap-40;
+  static constexpr double log2e = 1.4426950408889634, least = -708.;
+  static constexpr int mantissa = 52, log_terms = 11;
+  static constexpr int64_t one = 0x3FF0000000000000;
+  static constexpr double exp[] = {
+      1. / 6227020800, 1. / 479001600, 1. / 39916800, 1. / 3628800, 1. / 362880, 1. / 40320, 1. / 5040,
+      1. / 720,        1. / 120,       1. / 24,       1. / 6,       1. / 2,      1.,         1.};
+};
+
+// exp(x) for x <= 0; 0 below the normal numbers; NaN stays NaN.
+template <typename T>
+inline Vector<T> exp_nonpositive(Vector<T> x) {
+  using N = Numbers<T>;
+  const Vector<T> clamped = x < N::least ? splat<T>(N::least) : x;
+  const Vector<T> shifted = clamped * N::log2e + N::round;
+  const Vector<T> power = shifted - N::round;
+  const Vector<T> r = clamped - power * N::ln2_high - power * N::ln2_low;
+  Vector<T> value = splat<T>(N::exp[0]);
+  for (unsigned i = 1; i < sizeof(N::exp) / sizeof(T); ++i) value = value * r + N::exp[i];
+  const auto scale = ((typename Vectors<T>::Bits)shifted << N::mantissa) + N::one;
+  value = value * (Vector<T>)scale;
+  return x < N::least ? Vector<T>{} : value;
+}
+
+// log(x) for normal x >= 1: the series of 2 artanh((m - 1) / (m + 1)) on the mantissa m in [sqrt(1/2),
+// sqrt(2)).
+template <typename T>
+inline Vector<T> log_from_one(Vector<T> x) {
+  using N = Numbers<T>;
+  using Bits = typename Vectors<T>::Bits;
+  // Adding 1 - sqrt(1/2) to the mantissa carries into the exponent from sqrt(2) on.
+  const Bits root_half = (Bits)splat<T>(T(0.70710678118654752));
+  const Bits shifted = (Bits)x - root_half;
+  const Bits exponent = shifted >> N::mantissa;
+  const Vector<T> m = (Vector<T>)((Bits)x - (exponent << N::mantissa));
+  const Vector<T> s = (m - T(1)) / (m + T(1)), square = s * s;
+  Vector<T> series = splat<T>(T(1) / T(2 * N::log_terms - 1));
+  for (int i = N::log_terms - 1; i > 0; --i) series = series * square + T(1) / T(2 * i - 1);
+  const Vector<T> power = __builtin_convertvector(exponent, Vector<T>);
+  const Vector<T> result = power * N::ln2_high + (power * N::ln2_low + T(2) * s * series);
+  return x == x ? result : x;
+}
+
+// 64-byte aligned working memory.
+template <typename T>
+class Scratch {
+ public:
+  explicit Scratch(int64_t count)
+      : data_(static_cast<T*>(::operator new(count * sizeof(T) + 1, std::align_val_t(64)))) {}
+  ~Scratch() { ::operator delete(data_, std::align_val_t(64)); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  T* get() const { return data_; }
+  T* row(int64_t offset) const { return data_ + offset; }
+
+ private:
+  T* data_;
+};
+
+inline int64_t round_up(int64_t value, int64_t unit) {
+  return (value + unit - 1) / unit * unit;
+}
+template <typename T>
+inline int64_t padded(int64_t columns) {
+  return round_up(columns, kLanes<T>);
+}
+
+template <int kVectors, typename T, typename Init, typename Done>
+inline void product_panel(int64_t row, int64_t column, int64_t depth, const T* a, int64_t lda, const T* panel,
+                          const Init& init, const Done& done) {
+  Vector<T> sum[kRowBlock][kVectors];
+  for (int r = 0; r < kRowBlock; ++r) {
+    for (int v = 0; v < kVectors; ++v) sum[r][v] = init(row + r, column + v * kLanes<T>);
+  }
+  a += row * lda;
+  for (int64_t d = 0; d < depth; ++d) {
+    Vector<T> b[kVectors];
+    for (int v = 0; v < kVectors; ++v) b[v] = load(panel + (d * kVectors + v) * kLanes<T>);
+    for (int r = 0; r < kRowBlock; ++r) {
+      const Vector<T> value = splat(a[r * lda + d]);
+      for (int v = 0; v < kVectors; ++v) sum[r][v] += value * b[v];
+    }
+  }
+  for (int r = 0; r < kRowBlock; ++r) {
+    for (int v = 0; v < kVectors; ++v) done(row + r, column + v * kLanes<T>, sum[r][v]);
+  }
+}
+
+// One panel of columns from `column` on of init + a b for all rows, a multiple of kRowBlock; b is packed (see
+// pack_panels). `init(row, column)` gives the vector to start from, `done(row, column, vector)` takes it.
+template <typename T, typename Init, typename Done>
+inline void product_columns(int64_t rows, int64_t depth, int64_t column, int64_t columns, const T* a,
+                            int64_t lda, const T* packed, const Init& init, const Done& done) {
+  const T* panel = packed + depth * column;
+  if (columns - column >= kPanelVectors * kLanes<T>) {
+    for (int64_t row = 0; row < rows; row += kRowBlock) {
+      product_panel<kPanelVectors>(row, column, depth, a, lda, panel, init, done);
+    }
+  } else {
+    for (int64_t row = 0; row < rows; row += kRowBlock) {
+      product_panel<1>(row, column, depth, a, lda, panel, init, done);
+    }
+  }
+}
+
+// All columns, a multiple of the vector's lanes.
+template <typename T, typename Init, typename Done>
+inline void product(int64_t rows, int64_t depth, int64_t columns, const T* a, int64_t lda, const T* packed,
+                    const Init& init, const Done& done) {
+  for (int64_t column = 0; column < columns; column += kPanelVectors * kLanes<T>) {
+    product_columns(rows, depth, column, columns, a, lda, packed, init, done);
+  }
+}
+
+template <int kVectors, typename T>
+inline void outer_block(int64_t rows, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc) {
+  Vector<T> sum[kOuterBlock<T>][kVectors];
+  for (int r = 0; r < kOuterBlock<T>; ++r) {
+    for (int v = 0; v < kVectors; ++v) sum[r][v] = load(c + r * ldc + v * kLanes<T>);
+  }
+  for (int64_t e = 0; e < rows; ++e) {
+    Vector<T> value[kVectors];
+    for (int v = 0; v < kVectors; ++v) value[v] = load(b + e * ldb + v * kLanes<T>);
+    for (int r = 0; r < kOuterBlock<T>; ++r) {
+      const Vector<T> factor = splat(a[e * lda + r]);
+      for (int v = 0; v < kVectors; ++v) sum[r][v] += factor * value[v];
+    }
+  }
+  for (int r = 0; r < kOuterBlock<T>; ++r) {
+    for (int v = 0; v < kVectors; ++v) store(c + r * ldc + v * kLanes<T>, sum[r][v]);
+  }
+}
+
+// c += transpose(a) b over `rows` rows; both widths are multiples of the vector's lanes.
+template <typename T>
+inline void add_outer(int64_t rows, const T* a, int64_t a_columns, int64_t lda, const T* b, int64_t b_columns,
+                      int64_t ldb, T* c, int64_t ldc) {
+  for (int64_t j = 0; j < b_columns; j += kPanelVectors * kLanes<T>) {
+    const bool whole = b_columns - j >= kPanelVectors * kLanes<T>;
+    for (int64_t i = 0; i < a_columns; i += kOuterBlock<T>) {
+      if (whole) {
+        outer_block<kPanelVectors>(rows, a + i, lda, b + j, ldb, c + i * ldc + j, ldc);
+      } else {
+        outer_block<1>(rows, a + i, lda, b + j, ldb, c + i * ldc + j, ldc);
+      }
+    }
+  }
+}
+
+// sums += the sum of the rows.
+template <typename T>
+inline void add_rows(int64_t rows, const T* a, int64_t columns, int64_t lda, T* sums) {
+  for (int64_t e = 0; e < rows; ++e) {
+    for (int64_t c = 0; c < columns; c += kLanes<T>) store(sums + c, load(sums + c) + load(a + e * lda + c));
+  }
+}
+
+template <typename T>
+inline Vector<T> leaky_relu(Vector<T> x, T slope) {
+  return x > T(0) ? x : x * slope;
+}
+
+// target (rows, columns) = a (rows, depth) times packed b, plus bias (columns) where given.
+template <typename T>
+void project(int64_t rows, int64_t depth, int64_t columns, const T* a, const T* packed, const T* bias,
+             T* target) {
+  const auto start = [=](int64_t, int64_t column) { return bias ? load(bias + column) : Vector<T>{}; };
+  const int64_t whole = rows / kRowBlock * kRowBlock;
+  product(whole, depth, columns, a, depth, packed, start,
+          [=](int64_t row, int64_t column, Vector<T> sum) { store(target + row * columns + column, sum); });
+  if (whole == rows) return;
+  Scratch<T> last(kRowBlock * depth);
+  for (int64_t row = 0; row < kRowBlock; ++row) {
+    std::copy_n(a + std::min(whole + row, rows - 1) * depth, depth, last.row(row * depth));
+  }
+  product(static_cast<int64_t>(kRowBlock), depth, columns, last.get(), depth, packed, start,
+          [=](int64_t row, int64_t column, Vector<T> sum) {
+            if (whole + row < rows) store(target + (whole + row) * columns + column, sum);
+          });
+}
+
+}  // namespace
+}  // namespace AVATAR_ISA
+}  // namespace avatar

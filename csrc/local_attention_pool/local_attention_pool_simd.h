@@ -1,0 +1,57 @@
+// Inner loops of local_attention_pool, built once per instruction set.
+#pragma once
+
+#include <cstdint>
+
+#include "common/isa.h"
+#include "common/position_mlp.h"
+
+namespace avatar {
+
+// Rows are the points of all clouds. Inside, a hidden vector h is [features ; position], each part padded to
+// whole vectors, `hidden` numbers together; buffers called padded have rows of that layout.
+template <typename T>
+struct PoolArgs {
+  PositionMlp<T> position;
+  const int64_t* neighbors;  // (rows, k) within the cloud, -1 for none
+  int64_t k, cloud;          // rows per cloud
+  int64_t channels, channels_padded, position_channels, hidden;
+  const T* features;  // (rows, channels_padded)
+  const T*
+      feature_weight;  // packed panels (channels_padded, hidden): score_weight transposed, its upper part
+  const T* position_weight;  // packed panels (position, hidden): the lower part
+  const T* scores;           // (rows, hidden): the features' share of the scores
+  T* pooled;                 // (rows, channels + position_channels)
+  T* statistics;             // the same: logarithm of the softmax's denominator; or null
+};
+
+template <typename T>
+struct PoolBackwardArgs {
+  PoolArgs<T> pool;  // without scores, pooled and statistics
+  IncomingEdges<T> incoming;
+  const T* grad;  // padded, as are the next two
+  const T* pooled;
+  const T* statistics;
+  const T* feature_score;   // packed panels (hidden, channels_padded): score_weight's left part
+  const T* position_score;  // packed panels (hidden, position): its right part
+  int64_t score_gradient;   // where a block of weight gradients holds (hidden, hidden)
+  T* grad_features;         // (rows, channels_padded), added to
+};
+
+// local_attention_pool_rows: rows [begin, end); returns the flat position of the first neighbour out of
+// range, or -1. local_attention_pool_backward_points: the edges into points [begin, end); adds weight
+// gradients to `weights`.
+#define AVATAR_DECLARE_TYPE(T)                                                                           \
+  int64_t local_attention_pool_rows(const PoolArgs<T>& args, int64_t begin, int64_t end);                \
+  void local_attention_pool_backward_points(const PoolBackwardArgs<T>& args, int64_t begin, int64_t end, \
+                                            T* weights);
+#define AVATAR_DECLARE(ISA)   \
+  namespace ISA {             \
+  AVATAR_DECLARE_TYPE(float)  \
+  AVATAR_DECLARE_TYPE(double) \
+  }
+AVATAR_FOR_EACH_ISA(AVATAR_DECLARE)
+#undef AVATAR_DECLARE
+#undef AVATAR_DECLARE_TYPE
+
+}  // namespace avatar
