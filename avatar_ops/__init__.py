@@ -7,6 +7,7 @@ from .bias_act import bias_act
 from .composite_points import composite_points
 from .edge_conv import edge_conv
 from .edge_max import edge_max
+from .edge_moments import edge_moments
 from .local_attention_pool import local_attention_pool
 from .modulated_conv2d import modulated_conv2d
 from .random_sample import random_sample
@@ -24,6 +25,7 @@ __all__ = [
     "composite_points",
     "edge_conv",
     "edge_max",
+    "edge_moments",
     "local_attention_pool",
     "modulated_conv2d",
     "nn",

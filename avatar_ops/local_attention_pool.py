@@ -1,4 +1,4 @@
-"""Attentive pooling over neighbours with a position code (RandLA-Net): schema, public function, fake, autograd."""
+"""Attentive pooling over neighbours and their positions: schema, public function, fake, autograd."""
 
 from __future__ import annotations
 

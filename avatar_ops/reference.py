@@ -260,6 +260,46 @@ def random_sample(
     return indices if batched else indices.squeeze(0)
 
 
+def _position_network(points: Tensor, neighbors: Tensor, weights, biases, negative_slope: float) -> Tensor:
+    """(B, N, K, P): the layers on [p_i ; p_j ; p_i - p_j ; |p_i - p_j|], anything where there is no edge."""
+    valid = (neighbors >= 0).unsqueeze(-1)
+    center = points.unsqueeze(2).expand(-1, -1, neighbors.shape[2], -1)
+    neighbor = _gather_rows(points, neighbors)
+    difference = torch.where(valid, center - neighbor, 0)
+    squared = difference.square().sum(-1, keepdim=True)
+    distance = torch.where(squared > 0, squared.where(squared > 0, 1).sqrt(), 0)
+    position = torch.cat([center, neighbor, difference, distance], -1)
+    for weight, bias in zip(weights, biases, strict=True):
+        position = F.leaky_relu(F.linear(position, weight, bias), negative_slope)
+    return position
+
+
+def edge_moments(
+    points: Tensor,
+    neighbors: Tensor,
+    position_weight=(),
+    position_bias=(),
+    *,
+    negative_slope: float = 0.2,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(mean (P,), covariance (P, P), count ()) in float64: see avatar_ops.edge_moments."""
+    if points.dim() == 2:
+        points, neighbors = points.unsqueeze(0), neighbors.unsqueeze(0)
+    neighbors = neighbors.long()
+    valid = neighbors >= 0
+    count = valid.sum().double()
+    if valid.numel():
+        position = _position_network(points, neighbors, position_weight, position_bias, negative_slope)[valid]
+    else:
+        width = position_weight[-1].shape[0] if position_weight else 3 * points.shape[2] + 1
+        inputs = [points, *position_weight, *position_bias]
+        position = points.new_zeros(0, width) + 0 * sum(t.sum() for t in inputs)
+    position = position.double()
+    mean = position.sum(0) / count.clamp(min=1)
+    deviation = position - mean
+    return mean, deviation.mT @ deviation / count.clamp(min=1), count
+
+
 def local_attention_pool(
     points: Tensor,
     features: Tensor,
@@ -282,14 +322,7 @@ def local_attention_pool(
         inputs = [points, features, *position_weight, *position_bias, score_weight]
         empty = points.new_zeros(*points.shape[:2], score_weight.shape[0])
         return _unbatch(empty + 0 * sum(t.sum() for t in inputs), batched)
-    center = points.unsqueeze(2).expand(-1, -1, neighbors.shape[2], -1)
-    neighbor = _gather_rows(points, neighbors)
-    difference = torch.where(valid, center - neighbor, 0)
-    squared = difference.square().sum(-1, keepdim=True)
-    distance = torch.where(squared > 0, squared.where(squared > 0, 1).sqrt(), 0)
-    position = torch.cat([center, neighbor, difference, distance], -1)
-    for weight, bias in zip(position_weight, position_bias, strict=True):
-        position = F.leaky_relu(F.linear(position, weight, bias), negative_slope)
+    position = _position_network(points, neighbors, position_weight, position_bias, negative_slope)
     hidden = torch.cat([_gather_rows(features, neighbors), position], -1)
     hidden = torch.where(valid, hidden, 0)
     scores = F.linear(hidden, score_weight).masked_fill(~valid, float("-inf"))

@@ -264,18 +264,23 @@ class PointBlock {
     std::fill_n(gradients_.get(), kPointBlock * mlp_.dims_padded, T(0));
   }
 
-  // Adds the block's share to the weight gradients and to grad_points, where wanted.
-  void finish(int64_t first, int64_t count, T* weights, T* grad_points) {
+  // Adds the block's share to the weight gradients and to the points' gradients, where wanted.
+  void finish(const IncomingEdges<T>& incoming, int64_t first, int64_t count, T* weights) {
     const int64_t dims = mlp_.dims, dims_padded = mlp_.dims_padded;
     if (mlp_.depth > 0) {
+      // Points that no edge leads to stay out, whatever they hold.
+      const int64_t* offsets = incoming.offsets + first - incoming.first_point;
       for (int64_t p = 0; p < count; ++p) {
-        std::copy_n(mlp_.points + (first + p) * dims, dims, points_.row(p * dims_padded));
+        const bool any = offsets[p] < offsets[p + 1];
+        for (int64_t d = 0; d < dims; ++d) {
+          points_.get()[p * dims_padded + d] = any ? mlp_.points[(first + p) * dims + d] : T(0);
+        }
       }
       add_rows(count, sums_.get(), width_, width_, weights + mlp_.layers[0].bias_gradient);
       add_outer(count, sums_.get(), width_, width_, points_.get(), dims_padded, dims_padded,
                 weights + mlp_.neighbor_gradient, dims_padded);
     }
-    if (!grad_points) return;
+    if (!incoming.grad_points) return;
     T* gradients = gradients_.get();
     if (mlp_.depth > 0) {
       product(
@@ -287,7 +292,7 @@ class PointBlock {
     }
     for (int64_t p = 0; p < count; ++p) {
       for (int64_t d = 0; d < dims; ++d) {
-        grad_points[(first + p) * dims + d] += gradients[p * dims_padded + d];
+        incoming.grad_points[(first + p) * dims + d] += gradients[p * dims_padded + d];
       }
     }
   }

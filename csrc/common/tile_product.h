@@ -51,7 +51,8 @@ inline void store(T* target, Vector<T> value) {
 }
 template <typename T>
 inline Vector<T> splat(T value) {
-  return Vector<T>{} + value;
+  // Subtracting zero changes no number, so that only the broadcast is left; adding would lose -0.
+  return value - Vector<T>{};
 }
 // Stores the first `count` lanes.
 template <typename T>

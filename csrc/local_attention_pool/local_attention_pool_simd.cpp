@@ -157,14 +157,23 @@ void backward_points(const PoolBackwardArgs<T>& args, int64_t begin, int64_t end
     const int64_t count = std::min(kPointBlock, end - first);
     const int64_t* offsets = args.incoming.offsets + first - args.incoming.first_point;
     if (offsets[0] == offsets[count]) continue;
-    const T* own = pool.features + first * channels;
-    project(count, channels, hidden, own, pool.feature_weight, static_cast<const T*>(nullptr), scores.get());
+    // Points that no edge leads to stay out, whatever they hold.
+    for (int64_t p = 0; p < count; ++p) {
+      T* row = features.row(p * channels);
+      if (offsets[p] == offsets[p + 1]) {
+        std::fill_n(row, channels, T(0));
+      } else {
+        std::copy_n(pool.features + (first + p) * channels, channels, row);
+      }
+    }
+    project(count, channels, hidden, features.get(), pool.feature_weight, static_cast<const T*>(nullptr),
+            scores.get());
     std::fill_n(score_sums.get(), kPointBlock * hidden, T(0));
     std::fill_n(feature_sums.get(), kPointBlock * channels, T(0));
     block.begin();
     walk_incoming(tile, args.incoming, first, count, [&] { tile_backward(first); });
-    block.finish(first, count, weights, args.incoming.grad_points);
-    add_outer(count, score_sums.get(), hidden, hidden, own, channels, channels, dU, hidden);
+    block.finish(args.incoming, first, count, weights);
+    add_outer(count, score_sums.get(), hidden, hidden, features.get(), channels, channels, dU, hidden);
     T* grad_features = args.grad_features + first * channels;
     product(
         round_up(count, kRowBlock), hidden, channels, score_sums.get(), hidden, args.feature_score,
