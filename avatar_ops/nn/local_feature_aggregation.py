@@ -1,0 +1,171 @@
+"""RandLA-Net's dilated residual block as a module, with batch statistics exact over the edges."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..edge_moments import edge_moments
+from ..local_attention_pool import check_slope, local_attention_pool
+
+
+class LinearNorm(nn.Module):
+    """Linear map and batch normalisation; called, over points. `fold` serves edges that are never formed."""
+
+    def __init__(self, in_channels: int, out_channels: int, eps: float, momentum: float | None):
+        super().__init__()
+        self.linear = nn.Linear(in_channels, out_channels)
+        self.norm = nn.BatchNorm1d(out_channels, eps=eps, momentum=momentum)
+
+    @property
+    def uses_batch_statistics(self) -> bool:
+        return self.norm.training or self.norm.running_mean is None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.uses_batch_statistics:
+            y = self.linear(x)
+            return self.norm(y.reshape(-1, y.shape[-1])).view(y.shape)
+        weight, bias = self.fold(self.norm.running_mean, self.norm.running_var)
+        return F.linear(x, weight, bias)
+
+    def fold(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight and bias that do both at once, given the statistics of what the linear map gives."""
+        # Half weights are folded in float32; statistics that come in float64 stay so.
+        variance = variance.to(torch.promote_types(variance.dtype, torch.float32))
+        scale = self.norm.weight * (variance + self.norm.eps).rsqrt()
+        weight = self.linear.weight * scale.unsqueeze(1)
+        bias = (self.linear.bias - mean) * scale + self.norm.bias
+        return weight.to(self.linear.weight.dtype), bias.to(self.linear.bias.dtype)
+
+    @torch.no_grad()
+    def track(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
+        """Updates running statistics as BatchNorm2d does over `count` values a channel, if there are any."""
+        norm = self.norm
+        if not norm.training or norm.running_mean is None:
+            return
+        some = count > 0
+        norm.num_batches_tracked.add_(some.to(norm.num_batches_tracked.dtype))
+        momentum = norm.momentum
+        share = 1 / norm.num_batches_tracked.clamp(min=1).double() if momentum is None else momentum
+        unbiased = variance * (count / (count - 1).clamp(min=1))
+        for running, batch in ((norm.running_mean, mean), (norm.running_var, unbiased)):
+            step = torch.where(some, share * (batch - running), 0)
+            running.add_(step.to(running.dtype))
+
+
+class LocalFeatureAggregation(nn.Module):
+    """Two chained steps of local position encoding and attentive pooling, with a shortcut.
+
+    With M = linear map, batch normalisation, LeakyReLU; d = out_channels / 2; the code of edge (i, j)
+    e = [p_i ; p_j ; p_i - p_j ; |p_i - p_j|]:
+
+        a = pool(M(features: d/2), M(e: d/2)),    a = M(a: d/2)
+        b = pool(a, M(M(e: d/2): d/2)),           b = M(b: d)
+        result = LeakyReLU(norm(linear(b)) + norm(linear(features)))
+
+    `pool` is `local_attention_pool` with d x d scores without bias; the first M(e) is shared by both steps.
+
+    In training the edges are normalised by mean and variance over all edges that exist, without -1 exactly
+    as BatchNorm2d over (B, C, N, K), and gradients go through these statistics: mean and covariance of a
+    layer's input determine them, so no edge is stored. Running statistics are kept as BatchNorm2d keeps them
+    (a batch without edges leaves them as they are). In evaluation they are folded into the linear maps.
+
+    State, each `linear` and `norm` below it: reduce (c to d/2), encode.0 (e to d/2), encode.1 (d/2 to d/2),
+    attend.0 (d to d/2), attend.1 (d to d), expand (d to 2 d), shortcut (c to 2 d); scores.0 and scores.1
+    (d, d). The published network orders the code as [|p_i - p_j| ; p_i - p_j ; p_i ; p_j]: permute the
+    columns of encode.0.linear.weight to take its weights over.
+
+    Args:
+        in_channels: c.   out_channels: 2 d, a multiple of 4.
+        dims: of the points.   negative_slope: of every LeakyReLU, in [0, 1].
+        eps, momentum: of every batch normalisation, as in torch.
+
+    Source: Hu et al., RandLA-Net, CVPR 2020, section 3.3 and figure 3.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        dims: int = 3,
+        negative_slope: float = 0.2,
+        eps: float = 1e-6,
+        momentum: float | None = 0.01,
+    ):
+        super().__init__()
+        for name, value in (("in_channels", in_channels), ("out_channels", out_channels), ("dims", dims)):
+            if not isinstance(value, int) or value <= 0:
+                raise ValueError(f"{name}: got {value!r}, expected a positive int")
+        if out_channels % 4:
+            raise ValueError(f"out_channels: got {out_channels}, expected a multiple of 4")
+        check_slope(negative_slope)
+        self.in_channels, self.out_channels, self.dims = in_channels, out_channels, dims
+        self.negative_slope = negative_slope
+        width, half = out_channels // 2, out_channels // 4
+
+        def layer(inputs: int, outputs: int) -> LinearNorm:
+            return LinearNorm(inputs, outputs, eps, momentum)
+
+        self.reduce = layer(in_channels, half)
+        self.encode = nn.ModuleList([layer(3 * dims + 1, half), layer(half, half)])
+        self.scores = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(2))
+        self.attend = nn.ModuleList([layer(width, half), layer(width, width)])
+        self.expand = layer(width, out_channels)
+        self.shortcut = layer(in_channels, out_channels)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_channels={self.in_channels}, out_channels={self.out_channels}, dims={self.dims}, "
+            f"negative_slope={self.negative_slope}"
+        )
+
+    def forward(self, points: Tensor, features: Tensor, neighbors: Tensor) -> Tensor:
+        """(B, N, out_channels) from points (B, N, D), features (B, N, c), neighbors (B, N, K), -1 for none.
+
+        Unbatched, without B, too.
+        """
+        for name, value, width in (("points", points, self.dims), ("features", features, self.in_channels)):
+            if value.dim() not in (2, 3) or value.shape[-1] != width:
+                raise ValueError(
+                    f"{name}: got shape {tuple(value.shape)}, expected (B, N, {width}) or (N, {width})"
+                )
+        weights, biases = [], []
+        for layer in self.encode:
+            weight, bias = self._encoding(layer, points, neighbors, weights, biases)
+            weights, biases = [*weights, weight], [*biases, bias]
+        x = F.leaky_relu(self.reduce(features), self.negative_slope)
+        for depth, (score, attend) in enumerate(zip(self.scores, self.attend, strict=True), start=1):
+            x = local_attention_pool(
+                points,
+                x.to(points.dtype),
+                neighbors,
+                weights[:depth],
+                biases[:depth],
+                score.weight,
+                negative_slope=self.negative_slope,
+            )
+            x = F.leaky_relu(attend(x), self.negative_slope)
+        return F.leaky_relu(self.expand(x) + self.shortcut(features), self.negative_slope)
+
+    def _encoding(
+        self,
+        layer: LinearNorm,
+        points: Tensor,
+        neighbors: Tensor,
+        weights: list[Tensor],
+        biases: list[Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """The folded layer that follows `weights` and `biases` in the position network."""
+        if not layer.uses_batch_statistics:
+            return layer.fold(layer.norm.running_mean, layer.norm.running_var)
+        mean, covariance, count = edge_moments(
+            points, neighbors, weights, biases, negative_slope=self.negative_slope
+        )
+        weight = layer.linear.weight.double()
+        mean = weight @ mean + layer.linear.bias.double()
+        # Rounding may leave a variance of nothing just below zero.
+        variance = ((weight @ covariance) * weight).sum(1).clamp(min=0)
+        layer.track(mean, variance, count)
+        return layer.fold(mean, variance)
