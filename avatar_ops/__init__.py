@@ -8,6 +8,7 @@ from .composite_points import composite_points
 from .edge_conv import edge_conv
 from .edge_max import edge_max
 from .edge_moments import edge_moments
+from .knn import KNN, PointIndex, knn, knn_graph
 from .local_attention_pool import local_attention_pool
 from .modulated_conv2d import modulated_conv2d
 from .random_sample import random_sample
@@ -21,11 +22,15 @@ except PackageNotFoundError:
 
 __all__ = [
     "Fragments",
+    "KNN",
+    "PointIndex",
     "bias_act",
     "composite_points",
     "edge_conv",
     "edge_max",
     "edge_moments",
+    "knn",
+    "knn_graph",
     "local_attention_pool",
     "modulated_conv2d",
     "nn",

@@ -73,7 +73,8 @@ def knn(
         found = (order >= 0) & F.pad(pair_valid, (0, 1)).gather(2, order.where(order >= 0, num_points))
         indices = order.where(found, -1)
     if num_points == 0:
-        distances = squared.new_full((batch, num_queries, k), float("inf"))
+        nothing = 0 * (points.sum() + queries.where(query_valid.unsqueeze(-1), 0).sum())
+        distances = squared.new_full((batch, num_queries, k), float("inf")) + nothing
     else:
         neighbor = _gather_rows(points, indices)
         difference = torch.where(found.unsqueeze(-1), queries.unsqueeze(2) - neighbor, 0)

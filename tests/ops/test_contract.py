@@ -102,7 +102,9 @@ def test_gradcheck(case):
     inputs, leaves = require_grad(case, make(case, small=True))
 
     def run(*_):
-        return [t for t in tensors_of(case.function(**inputs)) if t.is_floating_point()]
+        outputs = [t for t in tensors_of(case.function(**inputs)) if t.is_floating_point()]
+        # Infinite distances of missing neighbours have no finite differences.
+        return [t.where(t.isfinite(), 0) for t in outputs]
 
     # Finite differences write through the leaves, which inputs share.
     assert torch.autograd.gradcheck(run, leaves)
