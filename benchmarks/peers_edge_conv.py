@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 
 import torch
@@ -73,22 +74,24 @@ def inference_peers(x, neighbors, weight, scale, shift) -> dict:
     return peers
 
 
-class DGCNNLayer(nn.Module):
-    def __init__(self, inputs: int, outputs: int):
+class DGCNNLayers(nn.Module):
+    """The layers of an nn.EdgeConv with batch norm, over all edges."""
+
+    def __init__(self, module: nn.Module):
         super().__init__()
-        self.conv = nn.Conv2d(2 * inputs, outputs, 1, bias=False)
-        self.norm = nn.BatchNorm2d(outputs)
+        self.linears, self.norms = (copy.deepcopy(part) for part in (module.linears, module.norms))
 
     def forward(self, x, neighbors):
         center = x.unsqueeze(2).expand(-1, -1, neighbors.shape[2], -1)
-        edges = torch.cat([center, center - gather(x, neighbors)], 3).permute(0, 3, 1, 2).contiguous()
-        return F.leaky_relu(self.norm(self.conv(edges)), 0.2).amax(3).transpose(1, 2)
+        hidden = torch.cat([center, center - gather(x, neighbors)], 3).permute(0, 3, 1, 2).contiguous()
+        for linear, norm in zip(self.linears, self.norms, strict=True):
+            hidden = F.leaky_relu(norm(F.conv2d(hidden, linear.weight[:, :, None, None])), 0.2)
+        return hidden.amax(3).transpose(1, 2)
 
 
-def training_peers(x, neighbors, weight) -> dict:
-    """name -> forward of a layer in training mode; x requires grad."""
-    layer = DGCNNLayer(x.shape[2], weight.shape[0])
-    layer.conv.weight.data = weight[:, :, None, None].clone()
+def training_peers(x, neighbors, module: nn.Module) -> dict:
+    """name -> forward of the one-layer nn.EdgeConv `module` in training mode; x requires grad."""
+    layer, weight = DGCNNLayers(module), module.linears[0].weight.detach()
     peers = {"DGCNN": lambda: layer(x, neighbors)}
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     conv = pyg_edge_conv(nn.Sequential(linear, nn.BatchNorm1d(weight.shape[0]), nn.LeakyReLU(0.2)))
