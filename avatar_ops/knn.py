@@ -215,7 +215,9 @@ def _check_queries(points: Tensor, k, queries, exclude_self: bool) -> None:
     if queries is None:
         return
     if exclude_self:
-        raise ValueError("exclude_self: got True with queries, expected queries=None: queries have no own index")
+        raise ValueError(
+            "exclude_self: got True with queries, expected queries=None: queries have no own index"
+        )
     check_floating("queries", queries, points)
     sizes = (points.shape[0], None, points.shape[2]) if points.dim() == 3 else (None, points.shape[1])
     check_shape("queries", queries, sizes, "(B, M, D)" if points.dim() == 3 else "(M, D)")
@@ -282,9 +284,7 @@ def _(index, points, queries, k, query_lengths, exclude_self):
 @torch.library.register_fake("avatar_ops::knn_backward")
 def _(grad, points, queries, indices, need_points, need_queries):
     grad_points = points.new_empty(points.shape if need_points else (0,))
-    return grad_points, points.new_empty(
-        queries.shape if queries is not None and need_queries else (0,)
-    )
+    return grad_points, points.new_empty(queries.shape if queries is not None and need_queries else (0,))
 
 
 @torch.library.register_fake("avatar_ops::knn_graph")

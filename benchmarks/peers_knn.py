@@ -40,7 +40,9 @@ def _small_gicp(points: np.ndarray, k: int):
     from small_gicp import KdTree
 
     wide = points.astype(np.float64)
-    indices, distances = KdTree(wide, num_threads=_threads()).batch_knn_search(wide, k, num_threads=_threads())
+    indices, distances = KdTree(wide, num_threads=_threads()).batch_knn_search(
+        wide, k, num_threads=_threads()
+    )
     return distances, indices
 
 

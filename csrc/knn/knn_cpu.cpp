@@ -12,7 +12,8 @@ void check_index(const KnnIndex& index, const Tensor& points, const Clouds& clou
   const int64_t leaves = batch ? clouds.leaf[1] : 0;
   const bool tree = uses_tree(dims);
   const auto refuse = [] {
-    throw std::invalid_argument("knn_search: index: does not fit the points, expected what knn_build makes of them");
+    throw std::invalid_argument(
+        "knn_search: index: does not fit the points, expected what knn_build makes of them");
   };
   const auto shaped = [](const Tensor& tensor, std::vector<int64_t> sizes, ScalarType type) {
     bool fits = tensor.scalar_type() == type && tensor.is_contiguous() &&
@@ -55,7 +56,8 @@ std::tuple<Tensor, Tensor> search(const KnnIndex& index, const Tensor& points, c
   const Clouds query_clouds = own_queries ? clouds : padded_clouds(queries, query_lengths, "query_lengths");
   Tensor distances = torch::stable::new_empty(points, {queries.size(0), queries.size(1), k});
   Tensor indices = torch::stable::new_empty(points, {queries.size(0), queries.size(1), k}, ScalarType::Long);
-  search_index({index, points, clouds, queries, query_clouds, own_queries, exclude_self, k}, distances, indices);
+  search_index({index, points, clouds, queries, query_clouds, own_queries, exclude_self, k}, distances,
+               indices);
   return {to_type(distances, type), indices};
 }
 
@@ -104,8 +106,9 @@ void add_difference(T weight, const T* from, const T* to, int64_t dims, T* gradi
   for (int64_t d = 0; d < dims; ++d) gradient[d] += 2 * weight * (from[d] - to[d]);
 }
 
-// grad (B, M, k), points (B, N, D), queries (B, M, D) or the points themselves, indices (B, M, k) -> gradients
-// of points and queries, of zero size where not needed; without queries the points' holds both roles.
+// grad (B, M, k), points (B, N, D), queries (B, M, D) or the points themselves, indices (B, M, k) ->
+// gradients of points and queries, of zero size where not needed; without queries the points' holds both
+// roles.
 std::tuple<Tensor, Tensor> knn_backward_cpu(const Tensor& grad_in, const Tensor& points_in,
                                             const std::optional<Tensor>& queries_in, const Tensor& indices_in,
                                             bool need_points, bool need_queries) {
@@ -119,7 +122,8 @@ std::tuple<Tensor, Tensor> knn_backward_cpu(const Tensor& grad_in, const Tensor&
   bad.report(first_bad_neighbor(neighbors, batch * rows * k, num_points));
   raise_bad_neighbor(bad, "knn_backward", indices, num_points);
   const auto zeros = [&](bool needed, int64_t count) {
-    return needed ? torch::stable::new_zeros(points, {batch, count, dims}) : torch::stable::new_empty(points, {0});
+    return needed ? torch::stable::new_zeros(points, {batch, count, dims})
+                  : torch::stable::new_empty(points, {0});
   };
   Tensor grad_points = zeros(need_points, num_points);
   Tensor grad_queries = zeros(queries_in && need_queries, rows);

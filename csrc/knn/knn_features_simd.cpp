@@ -13,13 +13,16 @@ namespace avatar {
 namespace AVATAR_ISA {
 namespace {
 
+// Sums in registers: kTileRows * kTileVectors of 32 or 16, with room for the operands.
 #if defined(__AVX512F__)
-constexpr int kTileRows = 8;
+constexpr int kTileRows = 11;
 #else
-constexpr int kTileRows = 4;
+constexpr int kTileRows = 6;
 #endif
 constexpr int kTileVectors = 2;
-static_assert(kLeaf % kTileRows == 0);
+// A block of queries in whole tiles.
+constexpr int kBlockRows = (kLeaf + kTileRows - 1) / kTileRows * kTileRows;
+static_assert(kBlockRows <= kFeatureBlockRows);
 
 // sum of (a - b)^2 over dims, in several partial sums.
 template <typename T>
@@ -49,11 +52,11 @@ T squared_distance(const T* a, const T* b, int64_t dims) {
   return lanes[0] + tail;
 }
 
-// Rounding of the product form. With u the unit roundoff, the centred norms |q|, |p| and the distance t measured
-// directly, the product form differs from t by at most
+// Rounding of the product form. With u the unit roundoff, the centred norms |q|, |p| and the distance t
+// measured directly, the product form differs from t by at most
 //   (dims + 8) u (|q| + |p|)^2 + (dims + 8) u t  +  4 u (|q| + |p|) sqrt(t)
-// (Higham, Accuracy and Stability of Numerical Algorithms, 3.1, for the sums; the last term is the rounding of
-// the centring), and (|q| + |p|)^2 <= 2 |q|^2 + 2 |p|^2. `relative` covers all three with room to spare,
+// (Higham, Accuracy and Stability of Numerical Algorithms, 3.1, for the sums; the last term is the rounding
+// of the centring), and (|q| + |p|)^2 <= 2 |q|^2 + 2 |p|^2. `relative` covers all three with room to spare,
 // `absolute` what underflow loses, flushed to zero or not. Above `limit` something may overflow.
 template <typename T>
 struct ProductError {
@@ -120,9 +123,7 @@ class BlockSearch {
       List::reset(states_[q], args_.slots);
       update_threshold(q);
     }
-    for (int64_t leaf = 0; leaf < args_.leaves; ++leaf) {
-      for (int q = 0; q < padded; q += kTileRows) scan_leaf(leaf, q);
-    }
+    for (int64_t leaf = 0; leaf < args_.leaves; ++leaf) scan_leaf(leaf, padded);
     for (int q = 0; q < count; ++q) {
       write_row<List>(states_[q], args_.slots, args_.k, args_.distances + query_rows[q] * args_.k,
                       args_.indices + query_rows[q] * args_.k);
@@ -139,22 +140,24 @@ class BlockSearch {
     thresholds_[q] = error_.query_term(norms_[q], List::worst(states_[q]).distance());
   }
 
-  void scan_leaf(int64_t leaf, int first) {
+  void scan_leaf(int64_t leaf, int padded) {
     const T* columns = args_.coordinates + leaf * args_.dims * kLeaf;
     const int32_t* order = args_.order + leaf * kLeaf;
     T terms[kLeaf];
     for (int i = 0; i < kLeaf; ++i) terms[i] = error_.point_term(args_.norms[leaf * kLeaf + i]);
     for (int i = 0; i < kLeaf; i += kStep) {
-      Vector products[kTileRows][kTileVectors];
-      multiply_tile(args_.scratch + first * args_.dims, columns + i, args_.dims, products);
-      for (int r = 0; r < std::min(kTileRows, count_ - first); ++r) {
-        const Vector threshold = broadcast(thresholds_[first + r]);
-        uint32_t hits = 0;
-        for (int v = 0; v < kTileVectors; ++v) {
-          const Vector value = multiply_add(products[r][v], broadcast(T(-2)), load(terms + i + v * kLanes));
-          hits |= not_greater(value, threshold) << (v * kLanes);
+      for (int first = 0; first < padded; first += kTileRows) {
+        Vector products[kTileRows][kTileVectors];
+        multiply_tile(args_.scratch + first * args_.dims, columns + i, args_.dims, products);
+        for (int r = 0; r < kTileRows; ++r) {
+          const Vector threshold = broadcast(thresholds_[first + r]);
+          uint32_t hits = 0;
+          for (int v = 0; v < kTileVectors; ++v) {
+            const Vector value = multiply_add(products[r][v], broadcast(T(-2)), load(terms + i + v * kLanes));
+            hits |= not_greater(value, threshold) << (v * kLanes);
+          }
+          if (hits && first + r < count_) measure(first + r, order + i, hits);
         }
-        if (hits) measure(first + r, order + i, hits);
       }
     }
   }
@@ -166,7 +169,8 @@ class BlockSearch {
     for (; hits; hits &= hits - 1) {
       const int32_t row = order[__builtin_ctz(hits)];
       if (row < 0 || (args_.exclude_self && row == query_row)) continue;
-      const Key<T> key = Key<T>::make(squared_distance(query, args_.points + row * args_.dims, args_.dims), row);
+      const Key<T> key =
+          Key<T>::make(squared_distance(query, args_.points + row * args_.dims, args_.dims), row);
       if (key < list.worst()) list.insert(key);
     }
     list.save(states_[q]);
@@ -177,7 +181,7 @@ class BlockSearch {
   const ProductError<T> error_;
   const int32_t* query_rows_;
   int count_;
-  T norms_[kLeaf] = {}, thresholds_[kLeaf] = {};
+  T norms_[kBlockRows] = {}, thresholds_[kBlockRows] = {};
   typename List::State states_[std::is_same_v<List, BufferList<T>> ? 1 : kLeaf];
 };
 

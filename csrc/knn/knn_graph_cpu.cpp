@@ -69,12 +69,13 @@ Tensor knn_graph_cpu(const Tensor& x_in, int64_t k, const std::optional<Tensor>&
   Tensor graph = torch::stable::new_empty(x, {2, edges}, ScalarType::Long);
   int64_t* query_side = mutable_data<int64_t>(graph) + (neighbors_first ? edges : 0);
   int64_t* neighbor_side = mutable_data<int64_t>(graph) + (neighbors_first ? 0 : edges);
-  parallel_tasks(clouds.count(), [&](int64_t cloud) {
-    const int64_t first = clouds.row[cloud];
-    for (int64_t row = first; row < first + clouds.length[cloud]; ++row) {
+  torch::stable::parallel_for(0, rows, 4096, [&](int64_t begin, int64_t end) {
+    auto next = std::upper_bound(clouds.row.begin(), clouds.row.end(), begin);
+    for (int64_t row = begin; row < end; ++row) {
+      if (next != clouds.row.end() && row == *next) ++next;
       for (int64_t slot = 0; slot < first_edge[row + 1] - first_edge[row]; ++slot) {
         query_side[first_edge[row] + slot] = row;
-        neighbor_side[first_edge[row] + slot] = first + neighbors[row * k + slot];
+        neighbor_side[first_edge[row] + slot] = next[-1] + neighbors[row * k + slot];
       }
     }
   });

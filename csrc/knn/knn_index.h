@@ -1,4 +1,5 @@
-// Clouds of points packed for search: into the leaves of a kd-tree, or, in feature space, centred and in order.
+// Clouds of points packed for search: into the leaves of a kd-tree, or, in feature space, centred and in
+// order.
 #pragma once
 
 #include <vector>

@@ -1,13 +1,15 @@
-#include "knn/knn_index.h"
-
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <mutex>
+#include <thread>
+
+#include "knn/knn_index.h"
 
 namespace avatar {
 namespace {
 
-// Nodes with more leaves than this are split by tasks of their own before subtrees are shared out.
+// Nodes with more leaves than this are split by tasks of their own; smaller ones are built by one.
 constexpr int64_t kSubtreeLeaves = 128;
 
 int64_t leaves_of(int64_t points) {
@@ -118,37 +120,52 @@ struct TreeTask {
   int64_t cloud, id, begin, end;
 };
 
+// Large nodes are split by whoever is free, which gives two more tasks; the tree does not depend on by whom.
 template <typename T>
 void build_trees(const std::vector<TreeBuilder<T>>& builders) {
-  const int64_t enough = 8 * static_cast<int64_t>(torch::stable::get_num_threads());
-  std::vector<TreeTask> subtrees, splits;
+  std::vector<TreeTask> waiting, splits;
+  int64_t points = 0;
   for (size_t cloud = 0; cloud < builders.size(); ++cloud) {
     const int64_t leaves = leaves_of(builders[cloud].count);
-    if (leaves) subtrees.push_back({static_cast<int64_t>(cloud), 0, 0, leaves});
+    if (leaves) waiting.push_back({static_cast<int64_t>(cloud), 0, 0, leaves});
+    points += builders[cloud].count;
   }
-  const auto larger = [](const TreeTask& a, const TreeTask& b) { return a.end - a.begin > b.end - b.begin; };
-  for (;;) {
-    std::sort(subtrees.begin(), subtrees.end(), larger);
-    int64_t large = 0;
-    while (large < static_cast<int64_t>(subtrees.size()) &&
-           subtrees[large].end - subtrees[large].begin > kSubtreeLeaves) {
-      ++large;
+  std::mutex mutex;
+  int64_t unfinished = static_cast<int64_t>(waiting.size());
+  const auto work = [&](int64_t, int64_t) {
+    std::unique_lock lock(mutex);
+    while (unfinished) {
+      if (waiting.empty()) {
+        lock.unlock();
+        std::this_thread::yield();
+        lock.lock();
+        continue;
+      }
+      const TreeTask task = waiting.back();
+      waiting.pop_back();
+      lock.unlock();
+      const TreeBuilder<T>& builder = builders[task.cloud];
+      const bool large = task.end - task.begin > kSubtreeLeaves;
+      if (large) {
+        builder.split(task.begin, task.end);
+      } else {
+        builder.build(task.id, task.begin, task.end);
+      }
+      lock.lock();
+      if (large) {
+        const int64_t middle = middle_of(task.begin, task.end);
+        splits.push_back(task);
+        waiting.push_back({task.cloud, task.id + 1, task.begin, middle});
+        waiting.push_back({task.cloud, task.id + 2 * (middle - task.begin), middle, task.end});
+        ++unfinished;
+      } else {
+        --unfinished;
+      }
     }
-    if (!large || large >= enough) break;
-    parallel_tasks(large, [&](int64_t i) {
-      builders[subtrees[i].cloud].split(subtrees[i].begin, subtrees[i].end);
-    });
-    for (int64_t i = 0; i < large; ++i) {
-      const TreeTask task = subtrees[i];
-      const int64_t middle = middle_of(task.begin, task.end);
-      splits.push_back(task);
-      subtrees[i] = {task.cloud, task.id + 1, task.begin, middle};
-      subtrees.push_back({task.cloud, task.id + 2 * (middle - task.begin), middle, task.end});
-    }
-  }
-  parallel_tasks(static_cast<int64_t>(subtrees.size()), [&](int64_t i) {
-    builders[subtrees[i].cloud].build(subtrees[i].id, subtrees[i].begin, subtrees[i].end);
-  });
+  };
+  const int64_t useful = (points + kSubtreeLeaves * kLeaf - 1) / (kSubtreeLeaves * kLeaf);
+  torch::stable::parallel_for(0, std::min<int64_t>(useful, torch::stable::get_num_threads()), 1, work);
+  // Every split was noted before those below it.
   for (auto task = splits.rbegin(); task != splits.rend(); ++task) {
     builders[task->cloud].join(task->id, task->begin, task->end);
   }
@@ -156,7 +173,8 @@ void build_trees(const std::vector<TreeBuilder<T>>& builders) {
 
 // Fills what ragged clouds leave unused, so that an index has no undefined values.
 template <typename T>
-void clear_unused(const Tensor& tensor, const Clouds& clouds, const int64_t* counts, int64_t per_leaf, T value) {
+void clear_unused(const Tensor& tensor, const Clouds& clouds, const int64_t* counts, int64_t per_leaf,
+                  T value) {
   T* data = mutable_data<T>(tensor);
   parallel_tasks(clouds.count(), [&](int64_t cloud) {
     const int64_t used = clouds.leaf[cloud] + leaves_of(counts[cloud]);
@@ -241,7 +259,8 @@ void fill_features(const Tensor& points, const Clouds& clouds, const KnnIndex& i
 Clouds padded_clouds(const Tensor& points, const std::optional<Tensor>& lengths, const char* argument) {
   const int64_t batch = points.size(0), rows = points.size(1);
   if (rows > std::numeric_limits<int32_t>::max()) {
-    throw std::invalid_argument("knn: got clouds of " + std::to_string(rows) + " points, expected less than 2^31");
+    throw std::invalid_argument("knn: got clouds of " + std::to_string(rows) +
+                                " points, expected less than 2^31");
   }
   Clouds clouds;
   clouds.length.assign(batch, rows);
@@ -281,7 +300,8 @@ KnnIndex build_index(const Tensor& points, const Clouds& clouds) {
     using T = decltype(zero);
     parallel_tasks(clouds.count(), [&](int64_t cloud) {
       int32_t* rows = order + clouds.leaf[cloud] * kLeaf;
-      counts[cloud] = finite_rows(const_data<T>(points) + clouds.row[cloud] * dims, clouds.length[cloud], dims, rows);
+      counts[cloud] =
+          finite_rows(const_data<T>(points) + clouds.row[cloud] * dims, clouds.length[cloud], dims, rows);
       std::fill(rows + counts[cloud], order + clouds.leaf[cloud + 1] * kLeaf, -1);
     });
     if (tree) {

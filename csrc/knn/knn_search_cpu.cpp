@@ -23,20 +23,19 @@ int64_t capacity_of(int64_t slots, int64_t points) {
   return slots <= kSortedSlots ? 0 : std::min(2 * slots, points + 1);
 }
 
-// "Missing" for the query rows that are not among `rows`, which ascend where `all` is not set.
+// "Missing" for the query rows that were not searched for.
 template <typename T>
-void fill_missing(const KnnSearch& search, const Tensor& distances, const Tensor& indices,
-                  const std::vector<uint8_t>& searched) {
-  const int64_t rows = static_cast<int64_t>(searched.size()), k = search.k;
-  torch::stable::parallel_for(0, rows, std::max<int64_t>(1, 32768 / std::max<int64_t>(k, 1)),
-                              [&](int64_t begin, int64_t end) {
-                                for (int64_t row = begin; row < end; ++row) {
-                                  if (searched[row]) continue;
-                                  std::fill_n(mutable_data<T>(distances) + row * k, k,
-                                              std::numeric_limits<T>::infinity());
-                                  std::fill_n(mutable_data<int64_t>(indices) + row * k, k, int64_t{-1});
-                                }
-                              });
+void fill_missing(const std::vector<uint8_t>& searched, int64_t k, T* distances, int64_t* indices) {
+  const int64_t rows = static_cast<int64_t>(searched.size());
+  if (std::find(searched.begin(), searched.end(), 0) == searched.end()) return;
+  const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(k, 1));
+  torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      if (searched[row]) continue;
+      std::fill_n(distances + row * k, k, std::numeric_limits<T>::infinity());
+      std::fill_n(indices + row * k, k, int64_t{-1});
+    }
+  });
 }
 
 template <typename T>
@@ -154,7 +153,7 @@ void search_index(const KnnSearch& search, const Tensor& distances, const Tensor
   dispatch_compute(search.points.scalar_type(), "knn", [&](auto zero) {
     using T = decltype(zero);
     const std::vector<uint8_t> searched = Searcher<T>(search, distances, indices).run();
-    fill_missing<T>(search, distances, indices, searched);
+    fill_missing(searched, search.k, mutable_data<T>(distances), mutable_data<int64_t>(indices));
   });
 }
 

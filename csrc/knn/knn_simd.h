@@ -1,5 +1,5 @@
-// Inner loops of knn, built once per instruction set: search of a tree of boxes (few dimensions) and search by
-// tiled products (feature space). Both scan clouds that are packed into leaves of kLeaf points:
+// Inner loops of knn, built once per instruction set: search of a tree of boxes (few dimensions) and search
+// by tiled products (feature space). Both scan clouds that are packed into leaves of kLeaf points:
 // coordinates (leaves, dims, kLeaf), order (leaves, kLeaf) with the point's row, or -1 after the last point.
 #pragma once
 
@@ -65,18 +65,20 @@ constexpr T padding_norm() {
   return std::numeric_limits<T>::max() / 128;
 }
 
+// Queries of a block, rounded up to whole tiles.
+constexpr int kFeatureBlockRows = kLeaf + 16;
 constexpr int64_t feature_scratch(int64_t dims) {
-  return (kLeaf + 16) * dims;
+  return kFeatureBlockRows * dims;
 }
 
 // tree_search: the queries in leaves [begin, end) of the packed queries.
 // feature_search: queries query_rows[begin, end).
-#define AVATAR_DECLARE(ISA)                                                                    \
-  namespace ISA {                                                                              \
-  void tree_search(const TreeSearchArgs<float>& args, int64_t begin, int64_t end);             \
-  void tree_search(const TreeSearchArgs<double>& args, int64_t begin, int64_t end);            \
-  void feature_search(const FeatureSearchArgs<float>& args, int64_t begin, int64_t end);       \
-  void feature_search(const FeatureSearchArgs<double>& args, int64_t begin, int64_t end);      \
+#define AVATAR_DECLARE(ISA)                                                               \
+  namespace ISA {                                                                         \
+  void tree_search(const TreeSearchArgs<float>& args, int64_t begin, int64_t end);        \
+  void tree_search(const TreeSearchArgs<double>& args, int64_t begin, int64_t end);       \
+  void feature_search(const FeatureSearchArgs<float>& args, int64_t begin, int64_t end);  \
+  void feature_search(const FeatureSearchArgs<double>& args, int64_t begin, int64_t end); \
   }
 AVATAR_FOR_EACH_ISA(AVATAR_DECLARE)
 #undef AVATAR_DECLARE

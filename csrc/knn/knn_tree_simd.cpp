@@ -137,8 +137,8 @@ class GroupSearch {
     for (int c = 0; c < candidates_; c += kLanes) {
       Vector bound{};
       for (int d = 0; d < dims_; ++d) {
-        const Vector gap = larger(
-            larger(load(lows_[d] + c) - query[d], query[d] - load(highs_[d] + c)), Vector{});
+        const Vector gap =
+            larger(larger(load(lows_[d] + c) - query[d], query[d] - load(highs_[d] + c)), Vector{});
         bound = multiply_add(gap, gap, bound);
       }
       uint32_t hits = not_greater(bound, broadcast(list.worst().distance()));
@@ -223,9 +223,8 @@ void tree_search(const TreeSearchArgs<float>& args, int64_t begin, int64_t end) 
 }
 
 void tree_search(const TreeSearchArgs<double>& args, int64_t begin, int64_t end) {
-  with_list(0.0, args.slots, [&](auto tag) {
-    search<double, 0, typename decltype(tag)::type>(args, begin, end);
-  });
+  with_list(0.0, args.slots,
+            [&](auto tag) { search<double, 0, typename decltype(tag)::type>(args, begin, end); });
 }
 
 }  // namespace AVATAR_ISA
