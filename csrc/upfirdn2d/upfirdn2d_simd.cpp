@@ -39,7 +39,7 @@ void split(const T* row, int64_t size, int64_t first, int64_t step, T* target, i
   std::fill_n(target, begin, T(0));
   std::fill_n(target + end, count - end, T(0));
   if (step == 1) {
-    std::copy_n(row + first + begin, end - begin, target + begin);
+    if (begin < end) std::copy_n(row + (first + begin), end - begin, target + begin);
   } else if (step == 2) {
     for (int64_t m = begin; m < end; ++m) target[m] = row[2 * m + first];
   } else {
