@@ -1,7 +1,14 @@
+import os
+import tempfile
+
 import pytest
 import torch
 
 from avatar_ops import _native
+
+# Inductor's cache does not know when an op's schema changes, so each run has one of its own.
+_inductor_cache = tempfile.TemporaryDirectory(prefix="inductor-")
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = _inductor_cache.name
 
 
 def pytest_addoption(parser):

@@ -19,7 +19,8 @@ struct Activation {
   __device__ A derivative(A value) const {
     const A scale = value > A(0) ? gain : slope * gain;
     const A output = value * scale;
-    return output > clamp || output < -clamp ? A(0) : scale;
+    const bool open = clamp == std::numeric_limits<A>::infinity() || (output > -clamp && output < clamp);
+    return open ? scale : A(0);
   }
 };
 
