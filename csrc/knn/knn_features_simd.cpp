@@ -28,7 +28,7 @@ static_assert(kBlockRows <= kFeatureBlockRows);
 template <typename T>
 T squared_distance(const T* a, const T* b, int64_t dims) {
   using Vector = typename Lanes<T>::Vector;
-  constexpr int kLanes = Lanes<T>::count, kSums = 4;
+  constexpr int kLanes = Lanes<T>::kCount, kSums = 4;
   Vector sums[kSums] = {};
   int64_t d = 0;
   for (; d + kSums * kLanes <= dims; d += kSums * kLanes) {
@@ -88,7 +88,7 @@ inline void multiply_tile(const T* rows, const T* columns, int64_t dims,
   }
   for (int64_t d = 0; d < dims; ++d) {
     Vector column[kTileVectors];
-    for (int v = 0; v < kTileVectors; ++v) column[v] = load(columns + d * kLeaf + v * Lanes<T>::count);
+    for (int v = 0; v < kTileVectors; ++v) column[v] = load(columns + d * kLeaf + v * Lanes<T>::kCount);
     for (int r = 0; r < kTileRows; ++r) {
       const Vector value = broadcast(rows[r * dims + d]);
       for (int v = 0; v < kTileVectors; ++v) sums[r][v] = multiply_add(value, column[v], sums[r][v]);
@@ -131,7 +131,7 @@ class BlockSearch {
   }
 
  private:
-  static constexpr int kLanes = Lanes<T>::count;
+  static constexpr int kLanes = Lanes<T>::kCount;
   static constexpr int kStep = kTileVectors * kLanes;
   static_assert(kLeaf % kStep == 0);
   using Vector = typename Lanes<T>::Vector;

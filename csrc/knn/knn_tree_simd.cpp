@@ -51,7 +51,7 @@ class GroupSearch {
 
  private:
   static constexpr int kMaxDims = kDims ? kDims : kTreeDims;
-  static constexpr int kLanes = Lanes<T>::count;
+  static constexpr int kLanes = Lanes<T>::kCount;
   static constexpr int kGroup = std::is_same_v<List, BufferList<T>> ? 1 : kLeaf;
   using Vector = typename Lanes<T>::Vector;
 

@@ -1,5 +1,4 @@
-// Vectors of the instruction set a SIMD file is compiled for. Everything has internal linkage, so each
-// instruction set keeps its own.
+// What the search adds to the vectors of common/vector.h.
 #pragma once
 
 #include <cstdint>
@@ -8,54 +7,19 @@
 #include <immintrin.h>
 #endif
 
-#include "common/isa.h"
+#include "common/vector.h"
 
 namespace avatar {
 namespace AVATAR_ISA {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kVectorBytes = 64;
-#elif defined(__AVX2__)
-constexpr int kVectorBytes = 32;
-#else
-constexpr int kVectorBytes = 16;
-#endif
-
-typedef float FloatVector __attribute__((vector_size(kVectorBytes)));
-typedef double DoubleVector __attribute__((vector_size(kVectorBytes)));
+using FloatVector = Vector<float>;
+using DoubleVector = Vector<double>;
 typedef int64_t LongVector __attribute__((vector_size(kVectorBytes)));
 
 template <typename T>
-struct Lanes;
-
-template <>
-struct Lanes<float> {
-  using Vector = FloatVector;
-  typedef float Unaligned __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
-  static constexpr int count = kVectorBytes / 4;
-};
-
-template <>
-struct Lanes<double> {
-  using Vector = DoubleVector;
-  typedef double Unaligned __attribute__((vector_size(kVectorBytes), aligned(8), may_alias));
-  static constexpr int count = kVectorBytes / 8;
-};
-
-template <typename T>
-inline typename Lanes<T>::Vector load(const T* values) {
-  return *reinterpret_cast<const typename Lanes<T>::Unaligned*>(values);
-}
-
-template <typename T>
-inline void store(T* values, typename Lanes<T>::Vector vector) {
-  *reinterpret_cast<typename Lanes<T>::Unaligned*>(values) = vector;
-}
-
-template <typename T>
-inline typename Lanes<T>::Vector broadcast(T value) {
-  return value - typename Lanes<T>::Vector{};
+inline Vector<T> broadcast(T value) {
+  return value - Vector<T>{};
 }
 
 // a * b + c, fused exactly where the instruction set has it: every distance and every lower bound of one is
@@ -82,7 +46,7 @@ inline FloatVector multiply_add(FloatVector a, FloatVector b, FloatVector c) {
 #elif defined(__FMA__)
   return _mm256_fmadd_ps(a, b, c);
 #elif defined(__FP_FAST_FMAF)
-  for (int lane = 0; lane < Lanes<float>::count; ++lane) c[lane] = __builtin_fmaf(a[lane], b[lane], c[lane]);
+  for (int lane = 0; lane < Lanes<float>::kCount; ++lane) c[lane] = __builtin_fmaf(a[lane], b[lane], c[lane]);
   return c;
 #else
   return a * b + c;
@@ -95,7 +59,7 @@ inline DoubleVector multiply_add(DoubleVector a, DoubleVector b, DoubleVector c)
 #elif defined(__FMA__)
   return _mm256_fmadd_pd(a, b, c);
 #elif defined(__FP_FAST_FMA)
-  for (int lane = 0; lane < Lanes<double>::count; ++lane) c[lane] = __builtin_fma(a[lane], b[lane], c[lane]);
+  for (int lane = 0; lane < Lanes<double>::kCount; ++lane) c[lane] = __builtin_fma(a[lane], b[lane], c[lane]);
   return c;
 #else
   return a * b + c;
@@ -112,7 +76,7 @@ inline uint32_t not_greater(FloatVector a, FloatVector b) {
   return _mm_movemask_ps(_mm_cmpngt_ps(a, b));
 #else
   uint32_t bits = 0;
-  for (int lane = 0; lane < Lanes<float>::count; ++lane) bits |= uint32_t(!(a[lane] > b[lane])) << lane;
+  for (int lane = 0; lane < Lanes<float>::kCount; ++lane) bits |= uint32_t(!(a[lane] > b[lane])) << lane;
   return bits;
 #endif
 }
@@ -126,7 +90,7 @@ inline uint32_t not_greater(DoubleVector a, DoubleVector b) {
   return _mm_movemask_pd(_mm_cmpngt_pd(a, b));
 #else
   uint32_t bits = 0;
-  for (int lane = 0; lane < Lanes<double>::count; ++lane) bits |= uint32_t(!(a[lane] > b[lane])) << lane;
+  for (int lane = 0; lane < Lanes<double>::kCount; ++lane) bits |= uint32_t(!(a[lane] > b[lane])) << lane;
   return bits;
 #endif
 }
