@@ -21,7 +21,7 @@ Call = Callable[[], object]
 # A round runs each side for at least this long; fast calls are repeated within it.
 ROUND_SECONDS = 0.05
 # One case ends after this long even when rounds are left, so that a slow peer does not hold up the table.
-CASE_SECONDS = float(os.environ.get("AVATAR_BENCH_SECONDS", "20"))
+CASE_SECONDS = float(os.environ.get("AVATAR_BENCH_SECONDS", "8"))
 ROUNDS = int(os.environ.get("AVATAR_BENCH_ROUNDS", "9"))
 MIN_ROUNDS = 3
 

@@ -15,6 +15,11 @@ def pytest_addoption(parser):
     parser.addoption(
         "--isa", action="append", help="run the op tests on this instruction set only (repeatable)"
     )
+    parser.addoption("--large", action="store_true", help="also run the tests that need 18 GB of memory")
+
+
+def pytest_ignore_collect(collection_path, config):
+    return True if collection_path.name == "test_large.py" and not config.getoption("large") else None
 
 
 def pytest_generate_tests(metafunc):

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from avatar_ops import _native
 
@@ -67,3 +68,12 @@ def test_report_names_build_devices_and_the_kernel_of_every_op():
         assert word in done.stdout
     ops = {line.split()[0] for line in done.stdout.splitlines() if "C++ (" in line or "torch ops" in line}
     assert "edge_max" in ops
+
+
+def test_cuda_kernels_are_registered_exactly_where_they_were_built():
+    code = """
+import torch, avatar_ops
+print(torch._C._dispatch_has_kernel_for_dispatch_key("avatar_ops::bias_act", "CUDA"))
+"""
+    built = bool(_native.cuda_architectures) and torch.version.cuda is not None
+    assert python(code, CUDA_VISIBLE_DEVICES="").stdout.strip() == str(built)
