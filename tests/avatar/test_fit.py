@@ -228,7 +228,7 @@ def test_killed_runs_resume_bit_for_bit(dataset, tmp_path, undisturbed):
         "--set",
         *TINY,
     ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     moments = random.Random(0)
     for _ in range(2):
         process = subprocess.Popen(
