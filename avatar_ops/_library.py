@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numbers
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import _native
 
@@ -107,38 +109,37 @@ def describe(value) -> str:
     return f"{value!r} ({type(value).__name__})"
 
 
-def float32_under_autocast(value: Tensor) -> torch.dtype:
-    """The dtype in which an op gets `value` that runs in float32 under autocast."""
-    half = value.dtype in (torch.float16, torch.bfloat16)
-    return torch.float32 if half and torch.is_autocast_enabled(value.device.type) else value.dtype
-
-
-def check_floating(
-    name: str,
-    value,
-    like: Tensor | None = None,
-    dtype_of: Callable[[Tensor], torch.dtype] = lambda value: value.dtype,
-) -> None:
+def check_floating(name: str, value, like: Tensor | None = None) -> None:
     """TypeError unless `value` is a floating tensor, of the dtype of `like` where given.
 
-    `dtype_of` says which dtypes have to agree, where autocast changes them first.
+    Under autocast dtypes may differ, but for float64, since each op brings them together. RuntimeError where
+    a forward-mode derivative is asked for, which no op has.
     """
     if not isinstance(value, Tensor) or value.dtype not in FLOATING:
         raise TypeError(
             f"{name}: got {describe(value)}, expected a float16, bfloat16, float32 or float64 tensor"
         )
-    if like is not None and dtype_of(value) != dtype_of(like):
-        raise TypeError(f"{name}: got dtype {value.dtype}, expected {like.dtype} as the other inputs have")
+    if like is not None and value.dtype != like.dtype:
+        casts = torch.is_autocast_enabled(value.device.type)
+        if not casts or torch.float64 in (value.dtype, like.dtype):
+            raise TypeError(
+                f"{name}: got dtype {value.dtype}, expected {like.dtype} as the other inputs have"
+            )
+    # torch would drop the tangent of a custom op without a word.
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None:
+        raise RuntimeError(f"{name}: got a tangent, but forward-mode derivatives are not supported")
 
 
-def check_one_dtype(name: str, value: Tensor, **others: Tensor | None) -> None:
-    """TypeError unless all tensors have the dtype of `value`, or one that autocast, where on, casts to it."""
-    casts = torch.is_autocast_enabled(value.device.type)
-    for other_name, other in others.items():
-        if other is None or other.dtype == value.dtype:
-            continue
-        if not casts or torch.float64 in (other.dtype, value.dtype):
-            raise TypeError(f"{other_name}: got dtype {other.dtype}, expected {value.dtype} as {name} has")
+def is_size(value) -> bool:
+    """Whether `value` is a positive int."""
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def check_slope(negative_slope) -> float:
+    """ValueError unless the slope of a LeakyReLU lies in [0, 1], where the largest edge stays the largest."""
+    if not isinstance(negative_slope, numbers.Real) or not 0 <= negative_slope <= 1:
+        raise ValueError(f"negative_slope: got {negative_slope!r}, expected a number in [0, 1]")
+    return float(negative_slope)
 
 
 def check_shape(name: str, value: Tensor, expected: Sequence[int | None], meaning: str) -> None:

@@ -11,7 +11,6 @@ from ._library import (
     autocast_to_input,
     check_device,
     check_floating,
-    check_one_dtype,
     check_option,
     check_shape,
     define,
@@ -69,8 +68,7 @@ def check_bias(bias: Tensor | None, x: Tensor, channels: int) -> None:
     """Checks a bias (channels,) against x."""
     if bias is None:
         return
-    check_floating("bias", bias)
-    check_one_dtype("x", x, bias=bias)
+    check_floating("bias", bias, x)
     check_shape("bias", bias, (channels,), "(C,)")
     check_device("bias", bias, x)
 

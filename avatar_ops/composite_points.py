@@ -16,7 +16,6 @@ from ._library import (
     check_shape,
     define,
     describe,
-    float32_under_autocast,
     forbid_second_derivative,
 )
 from .rasterize_points import Fragments
@@ -71,7 +70,7 @@ def composite_points(
         slots, meaning = ((features.shape[0], *slots), "(B, H, W, K)")
     check_shape("fragments.indices", indices, slots, meaning)
     check_device("fragments.indices", indices, features)
-    check_floating("alphas", alphas, features, float32_under_autocast)
+    check_floating("alphas", alphas, features)
     check_shape("alphas", alphas, indices.shape, meaning)
     check_device("alphas", alphas, features)
     indices = indices.long()

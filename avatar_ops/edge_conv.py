@@ -14,6 +14,7 @@ from ._library import (
     check_neighbors,
     check_rank,
     check_shape,
+    check_slope,
     define,
     forbid_second_derivative,
 )
@@ -56,13 +57,6 @@ class EdgeStatistics(NamedTuple):
 torch.utils._pytree._register_namedtuple(
     EdgeStatistics, serialized_type_name="avatar_ops.edge_conv.EdgeStatistics"
 )
-
-
-def check_slope(negative_slope: float) -> float:
-    """ValueError unless the slope of a LeakyReLU lies in [0, 1], where the largest edge stays the largest."""
-    if not 0 <= negative_slope <= 1:
-        raise ValueError(f"negative_slope: got {negative_slope!r}, expected a number in [0, 1]")
-    return float(negative_slope)
 
 
 def check_edge_inputs(x: Tensor, neighbors: Tensor, weight: Tensor) -> Tensor:

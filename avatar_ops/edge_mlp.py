@@ -18,10 +18,11 @@ from ._library import (
     check_device,
     check_floating,
     check_shape,
+    check_slope,
     define,
     forbid_second_derivative,
 )
-from .edge_conv import EdgeStatistics, check_edge_inputs, check_kept, check_slope, needs_gradient
+from .edge_conv import EdgeStatistics, check_edge_inputs, check_kept, needs_gradient
 
 # Elements of one layer's edges in a tile.
 TILE_ELEMENTS = 1 << 18

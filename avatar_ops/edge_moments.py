@@ -13,10 +13,11 @@ from ._library import (
     check_floating,
     check_neighbors,
     check_rank,
+    check_slope,
     define,
     forbid_second_derivative,
 )
-from .local_attention_pool import check_position_layers, check_slope
+from .local_attention_pool import check_position_layers
 
 define(
     "edge_moments(Tensor points, Tensor neighbors, Tensor[] position_weight, Tensor[] position_bias,"

@@ -14,6 +14,7 @@ from ._library import (
     check_neighbors,
     check_rank,
     check_shape,
+    check_slope,
     define,
     forbid_second_derivative,
 )
@@ -92,11 +93,6 @@ def local_attention_pool(
         points, features, neighbors, weights, biases, score_weight, negative_slope, save
     )
     return pooled if len(lead) == 2 else pooled.squeeze(0)
-
-
-def check_slope(negative_slope: float) -> None:
-    if not 0 <= negative_slope <= 1:
-        raise ValueError(f"negative_slope: got {negative_slope!r}, expected a number in [0, 1]")
 
 
 def check_position_layers(weight, bias, points: Tensor) -> tuple[list[Tensor], list[Tensor]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numbers
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,7 +12,6 @@ from ._library import (
     autocast_to_active,
     check_device,
     check_floating,
-    check_one_dtype,
     check_option,
     check_rank,
     check_shape,
@@ -89,9 +90,8 @@ def modulated_conv2d(
     Reference: reference.modulated_conv2d.
     """
     check_floating("x", x)
-    check_floating("weight", weight)
-    check_floating("styles", styles)
-    check_one_dtype("x", x, weight=weight, styles=styles)
+    check_floating("weight", weight, x)
+    check_floating("styles", styles, x)
     check_rank("x", x, (4,), "(B, I, H, W)")
     check_shape("weight", weight, (None, x.shape[1], None, None), "(O, I, k, k)")
     k = weight.shape[2]
@@ -110,7 +110,7 @@ def modulated_conv2d(
         padding = k // 2
     elif not isinstance(padding, int) or padding < 0:
         raise ValueError(f"padding: got {padding!r}, expected an integer >= 0 or None")
-    if not eps >= 0:
+    if not (isinstance(eps, numbers.Real) and eps >= 0):
         raise ValueError(f"eps: got {eps!r}, expected a number >= 0")
     slope, gain, clamp = activation_options(activation, gain, clamp)
     check_bias(bias, x, weight.shape[0])
@@ -168,8 +168,7 @@ def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 def _normalised_filter(x: Tensor, f: Tensor | None, used: bool) -> Tensor | None:
     """The checked resampling filter divided by its sum, or None where none is used."""
     if f is not None:
-        check_floating("resample_filter", f)
-        check_one_dtype("x", x, resample_filter=f)
+        check_floating("resample_filter", f, x)
         check_device("resample_filter", f, x)
         if f.dim() not in (1, 2) or f.numel() == 0 or f.shape[0] != f.shape[-1]:
             raise ValueError(f"resample_filter: got shape {tuple(f.shape)}, expected (n,) or (n, n)")
@@ -188,8 +187,7 @@ def _checked_noise(noise: Tensor | None, x: Tensor, height: int, width: int) -> 
     """The noise with four dimensions."""
     if noise is None:
         return None
-    check_floating("noise", noise)
-    check_one_dtype("x", x, noise=noise)
+    check_floating("noise", noise, x)
     check_device("noise", noise, x)
     full = (x.shape[0], 1, height, width)
     sizes = (1,) * (4 - noise.dim()) + tuple(noise.shape)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._library import check_device, check_index, check_shape, define
+from ._library import check_device, check_index, check_shape, define, describe
 
 define(
     "random_sample(Tensor key, SymInt num_points, SymInt num_samples, SymInt batch_size, Tensor? lengths)"
@@ -52,6 +52,13 @@ def random_sample(
     Source: Black and Rogaway, Ciphers with arbitrary finite domains, CT-RSA 2002 (a Feistel network on a
     grid, walked until it lands inside). Reference: reference.random_sample, bit for bit.
     """
+    for name, value in (("num_points", num_points), ("num_samples", num_samples)):
+        _check_integer(name, value)
+    for name, value in (("batch_size", batch_size), ("seed", seed)):
+        if value is not None:
+            _check_integer(name, value)
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise ValueError(f"generator: got {describe(generator)}, expected a torch.Generator or None")
     if not 0 <= num_points <= _MOST_POINTS:
         raise ValueError(f"num_points: got {num_points}, expected a number in [0, 2**62]")
     if num_samples < 0:
@@ -76,6 +83,11 @@ def random_sample(
         key, num_points, num_samples, 1 if batch_size is None else batch_size, lengths
     )
     return indices if batched else indices.squeeze(0)
+
+
+def _check_integer(name: str, value) -> None:
+    if not isinstance(value, int | torch.SymInt) or isinstance(value, bool):
+        raise ValueError(f"{name}: got {describe(value)}, expected an int")
 
 
 def _key(seed: int | None, generator: torch.Generator | None, device) -> Tensor:

@@ -17,7 +17,6 @@ from ._library import (
     check_shape,
     define,
     describe,
-    float32_under_autocast,
     forbid_second_derivative,
 )
 
@@ -87,7 +86,7 @@ def rasterize_points(
     height, width = _check_image_size(image_size)
     _check_size("points_per_pixel", points_per_pixel)
     if isinstance(radius, Tensor):
-        check_floating("radius", radius, points, float32_under_autocast)
+        check_floating("radius", radius, points)
         check_shape("radius", radius, points.shape[:-1], "(B, N)" if points.dim() == 3 else "(N,)")
         check_device("radius", radius, points)
     else:

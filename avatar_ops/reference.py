@@ -82,6 +82,32 @@ def knn(
     return _unbatch((distances.to(dtype), indices), batched)
 
 
+def knn_graph(
+    x: Tensor,
+    k: int,
+    batch: Tensor | None = None,
+    loop: bool = False,
+    flow: str = "source_to_target",
+    cosine: bool = False,
+) -> Tensor:
+    """(2, E) edges, grouped by query, nearest first: see avatar_ops.knn_graph."""
+    x = x.unsqueeze(1) if x.dim() == 1 else x
+    if cosine:
+        x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        # A zero vector has no direction: NaN, hence no edges.
+        x = x / x.abs().amax(1, keepdim=True)
+        x = x / x.square().sum(1, keepdim=True).sqrt()
+    batch = x.new_zeros(x.shape[0], dtype=torch.int64) if batch is None else batch
+    edges = [x.new_zeros(2, 0, dtype=torch.int64)]
+    for cloud in batch.unique():
+        rows = (batch == cloud).nonzero().squeeze(1)
+        neighbors = knn(x[rows], k, exclude_self=not loop)[1]
+        query, slot = (neighbors >= 0).nonzero(as_tuple=True)
+        edges.append(torch.stack([rows[neighbors[query, slot]], rows[query]]))
+    edges = torch.cat(edges, 1)
+    return edges if flow == "source_to_target" else edges.flip(0)
+
+
 def edge_max(features: Tensor, neighbors: Tensor) -> tuple[Tensor, Tensor]:
     """(values, argmax), both (B, M, C): see avatar_ops.edge_max."""
     batched = features.dim() == 3

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._library import autocast_to_input, check_device, check_floating, check_one_dtype, check_rank, define
+from ._library import autocast_to_input, check_device, check_floating, check_rank, define
 
 # flip reverses f first. f may be of the dtype that x accumulates in.
 define(
@@ -51,8 +51,7 @@ def upfirdn2d(
     Reference: reference.upfirdn2d.
     """
     check_floating("x", x)
-    check_floating("f", f)
-    check_one_dtype("x", x, f=f)
+    check_floating("f", f, x)
     check_rank("x", x, (4,), "(B, C, H, W)")
     check_rank("f", f, (1, 2), "(fh, fw) or (n,)")
     check_device("f", f, x)

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from .._library import check_slope, is_size
 from ..edge_conv import (
     EdgeStatistics,
     apply_edge_conv,
     check_edge_inputs,
-    check_slope,
     edge_conv,
     edge_conv_norm,
 )
@@ -50,10 +50,10 @@ class EdgeConv(nn.Module):
         negative_slope: float = 0.2,
     ):
         super().__init__()
-        widths = [out_channels] if isinstance(out_channels, int) else list(out_channels)
-        if not widths or not all(isinstance(width, int) and width > 0 for width in widths):
+        widths = list(out_channels) if isinstance(out_channels, list | tuple) else [out_channels]
+        if not widths or not all(is_size(width) for width in widths):
             raise ValueError(f"out_channels: got {out_channels!r}, expected a positive int or a list of them")
-        if not isinstance(in_channels, int) or in_channels <= 0:
+        if not is_size(in_channels):
             raise ValueError(f"in_channels: got {in_channels!r}, expected a positive int")
         if norm not in ("batch", None):
             raise ValueError(f"norm: got {norm!r}, expected 'batch' or None")

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._library import check_slope, is_size
 from ..edge_moments import edge_moments
-from ..local_attention_pool import check_slope, local_attention_pool
+from ..local_attention_pool import local_attention_pool
 
 
 class LinearNorm(nn.Module):
@@ -96,7 +97,7 @@ class LocalFeatureAggregation(nn.Module):
     ):
         super().__init__()
         for name, value in (("in_channels", in_channels), ("out_channels", out_channels), ("dims", dims)):
-            if not isinstance(value, int) or value <= 0:
+            if not is_size(value):
                 raise ValueError(f"{name}: got {value!r}, expected a positive int")
         if out_channels % 4:
             raise ValueError(f"out_channels: got {out_channels}, expected a multiple of 4")

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._library import check_option, describe
+from .._library import check_floating, check_option, describe
 from ..bias_act import SLOPES
 from ..modulated_conv2d import modulated_conv2d, output_size
 
@@ -77,6 +77,8 @@ class ModulatedConv2d(nn.Module):
         """
         if not isinstance(w, Tensor) or w.dim() != 2 or w.shape[1] != self.style_dim:
             raise ValueError(f"w: got {describe(w)}, expected (B, {self.style_dim})")
+        if not torch.is_autocast_enabled(w.device.type):
+            check_floating("w", w, like=self.affine_weight)
         styles = F.linear(w, self.affine_weight / self.style_dim**0.5, self.affine_bias)
         # Demodulation cancels the scale of the weight.
         if not self.demodulate:

@@ -283,6 +283,20 @@ def test_autocast(case):
 
 
 @pytest.mark.parametrize(
+    "case", [c for c in MAIN if torch.bfloat16 in c.dtypes and c.differentiable], ids=ids
+)
+def test_autocast_brings_dtypes_together(case):
+    """As where a layer's low-precision output meets the float32 parameters of the next."""
+    inputs = make(case, torch.float32)
+    name = case.differentiable[0]
+    mixed = {**inputs, name: map_tensors(inputs[name], lambda t: t.bfloat16())}
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs, gradients = outputs_and_gradients(case, case.function, mixed)
+    assert all(t.isfinite().any() for t in outputs if t.is_floating_point() and t.numel())
+    assert gradients[0].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
     "case", [c for c in MAIN if "neighbors" in c.make(generator(), torch.float32)], ids=ids
 )
 def test_accepts_int32_neighbors(case):
@@ -301,6 +315,18 @@ def test_rejects(case, rejection):
     with pytest.raises(rejection.error, match=rejection.match) as caught:
         case.function(**inputs)
     assert type(caught.value) is rejection.error
+
+
+@pytest.mark.parametrize("case", [c for c in MAIN if c.differentiable], ids=ids)
+def test_forward_mode_derivative_raises(case):
+    inputs = make(case)
+    name = case.differentiable[0]
+
+    def run(value):
+        return next(t for t in tensors_of(case.function(**{**inputs, name: value})) if t.is_floating_point())
+
+    with pytest.raises(RuntimeError, match=f"{name}: got a tangent, but forward-mode derivatives"):
+        torch.func.jvp(run, (inputs[name],), (torch.ones_like(inputs[name]),))
 
 
 BAD_VALUES = [(case, rejection) for case, rejection in REJECTIONS if rejection.error is IndexError]

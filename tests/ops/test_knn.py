@@ -444,3 +444,16 @@ def test_result_is_a_named_tuple():
     assert isinstance(result, avatar_ops.KNN)
     assert result.distances is result[0]
     assert result.indices is result[1]
+
+
+@pytest.mark.parametrize("flow", ["source_to_target", "target_to_source"])
+@pytest.mark.parametrize("cosine", [False, True])
+def test_graph_equals_its_reference(flow, cosine):
+    x = torch.randn(60, 3, dtype=torch.float64)
+    x[7] = 0
+    batch = torch.randint(5, (60,)).sort().values
+    for loop in (False, True):
+        options = {"batch": batch, "loop": loop, "flow": flow, "cosine": cosine}
+        assert torch.equal(
+            avatar_ops.knn_graph(x, 4, **options), avatar_ops.reference.knn_graph(x, 4, **options)
+        )

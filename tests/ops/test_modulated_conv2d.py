@@ -278,3 +278,9 @@ def test_module_compiles_and_exports():
     torch.testing.assert_close(compiled(x, w, noise), expected)
     exported = torch.export.export(module, (x, w, noise)).module()
     torch.testing.assert_close(exported(x, w, noise), expected)
+
+
+def test_module_refuses_codes_of_another_dtype():
+    layer = avatar_ops.nn.ModulatedConv2d(4, 6, style_dim=5)
+    with pytest.raises(TypeError, match=r"w: got dtype torch\.float64"):
+        layer(torch.randn(2, 4, 8, 8), torch.randn(2, 5).double())

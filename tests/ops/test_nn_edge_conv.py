@@ -259,3 +259,15 @@ def test_rejects_other_channels():
     x, neighbors = inputs()
     with pytest.raises(ValueError, match=r"x: got shape .* with C = 4"):
         EdgeConv(4, 8)(x.float(), neighbors)
+
+
+@pytest.mark.parametrize("norm", ["batch", None])
+@pytest.mark.parametrize("widths", [6, [6, 6]])
+def test_layers_stack_under_autocast(norm, widths):
+    layer = EdgeConv(6, widths, norm=norm)
+    x, neighbors = torch.randn(2, 10, 6), torch.randint(10, (2, 10, 3))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(layer(x, neighbors), neighbors)
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in layer.parameters())

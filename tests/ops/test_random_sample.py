@@ -217,3 +217,13 @@ def test_random_sample_without_a_seed_compiles_and_exports():
         torch.manual_seed(3)
         assert torch.equal(first, Module()(x))
         assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("num_points", 5.0), ("num_points", "5"), ("num_samples", 1.0), ("batch_size", 2.0), ("seed", 2.5)],
+)
+def test_options_that_are_no_integers_are_named(name, value):
+    options = {"num_points": 5, "num_samples": 1, name: value}
+    with pytest.raises(ValueError, match=f"{name}: got {value!r}"):
+        avatar_ops.random_sample(**options)
