@@ -1,4 +1,4 @@
-"""What API.md promises of every op, on every OpCase."""
+"""What the library promises of every op, on every OpCase."""
 
 import io
 
