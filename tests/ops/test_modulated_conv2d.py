@@ -284,3 +284,9 @@ def test_module_refuses_codes_of_another_dtype():
     layer = avatar_ops.nn.ModulatedConv2d(4, 6, style_dim=5)
     with pytest.raises(TypeError, match=r"w: got dtype torch\.float64"):
         layer(torch.randn(2, 4, 8, 8), torch.randn(2, 5).double())
+
+
+@pytest.mark.parametrize("eps", ["2", None, -1.0])
+def test_eps_that_is_no_size_is_named(eps):
+    with pytest.raises(ValueError, match="eps: got"):
+        avatar_ops.modulated_conv2d(torch.ones(1, 2, 4, 4), torch.ones(3, 2, 3, 3), torch.ones(1, 2), eps=eps)

@@ -271,3 +271,15 @@ def test_layers_stack_under_autocast(norm, widths):
     assert y.dtype == torch.bfloat16
     y.float().sum().backward()
     assert all(p.grad.dtype == torch.float32 for p in layer.parameters())
+
+
+@pytest.mark.parametrize("widths", [2.0, None, True, [], [4, 0], "4"])
+def test_widths_that_are_no_sizes_are_named(widths):
+    with pytest.raises(ValueError, match="out_channels: got"):
+        EdgeConv(4, widths)
+
+
+@pytest.mark.parametrize("slope", ["a", None, -0.1, 1.5, float("nan")])
+def test_slopes_outside_their_range_are_named(slope):
+    with pytest.raises(ValueError, match="negative_slope: got"):
+        EdgeConv(4, 4, negative_slope=slope)
