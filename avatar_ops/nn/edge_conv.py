@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from .._library import check_slope, is_size
 from ..edge_conv import (
-    EdgeStatistics,
     apply_edge_conv,
     check_edge_inputs,
     edge_conv,
     edge_conv_norm,
 )
 from ..edge_mlp import edge_mlp, edge_mlp_statistics
+from .batch_norm import track, uses_batch_statistics
 
 
 class EdgeConv(nn.Module):
@@ -87,7 +87,7 @@ class EdgeConv(nn.Module):
             output, statistics = edge_conv_norm(
                 x, neighbors, linear.weight, norm.weight, norm.bias, eps=norm.eps, negative_slope=slope
             )
-            track(norm, statistics)
+            track(norm, *statistics)
             return output
         scale, shift = fold(norm, norm.running_mean, norm.running_var)
         neighbors = check_edge_inputs(x, neighbors, linear.weight)
@@ -103,7 +103,7 @@ class EdgeConv(nn.Module):
                 statistics = edge_mlp_statistics(
                     x, neighbors, weights[: depth + 1], scales, shifts, negative_slope=slope
                 )
-                track(norm, statistics)
+                track(norm, *statistics)
                 scale, shift = fold(norm, statistics.mean, statistics.variance)
             else:
                 scale, shift = fold(norm, norm.running_mean, norm.running_var)
@@ -112,28 +112,8 @@ class EdgeConv(nn.Module):
         return edge_mlp(x, neighbors, weights, scales, shifts, negative_slope=slope)
 
 
-def uses_batch_statistics(norm: nn.BatchNorm2d) -> bool:
-    return norm.training or norm.running_mean is None
-
-
 def fold(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
     """Scale and shift that do what the normalisation does with these statistics, at least float32."""
     wide = torch.promote_types(norm.weight.dtype, torch.float32)
     scale = norm.weight.to(wide) * (variance.to(wide) + norm.eps).rsqrt()
     return scale, norm.bias.to(wide) - mean.to(wide) * scale
-
-
-@torch.no_grad()
-def track(norm: nn.BatchNorm2d, statistics: EdgeStatistics) -> None:
-    """Updates running statistics as BatchNorm2d does: unbiased variance, momentum None averages all."""
-    if not norm.training or norm.running_mean is None:
-        return
-    mean, variance, count = statistics
-    norm.num_batches_tracked.add_((count > 0).to(norm.num_batches_tracked.dtype))
-    share = norm.momentum
-    if share is None:
-        share = 1 / norm.num_batches_tracked.clamp(min=1).to(mean.dtype)
-    unbiased = variance * (count.double() / (count - 1).clamp(min=1)).to(variance.dtype)
-    for running, batch in ((norm.running_mean, mean), (norm.running_var, unbiased)):
-        step = torch.where(count > 0, share * (batch - running), 0)
-        running.add_(step.to(running.dtype))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from .._library import check_slope, is_size
 from ..edge_moments import edge_moments
 from ..local_attention_pool import local_attention_pool
+from .batch_norm import track, uses_batch_statistics
 
 
 class LinearNorm(nn.Module):
@@ -19,12 +20,8 @@ class LinearNorm(nn.Module):
         self.linear = nn.Linear(in_channels, out_channels)
         self.norm = nn.BatchNorm1d(out_channels, eps=eps, momentum=momentum)
 
-    @property
-    def uses_batch_statistics(self) -> bool:
-        return self.norm.training or self.norm.running_mean is None
-
     def forward(self, x: Tensor) -> Tensor:
-        if self.uses_batch_statistics:
+        if uses_batch_statistics(self.norm):
             y = self.linear(x)
             return self.norm(y.reshape(-1, y.shape[-1])).view(y.shape)
         weight, bias = self.fold(self.norm.running_mean, self.norm.running_var)
@@ -38,21 +35,6 @@ class LinearNorm(nn.Module):
         weight = self.linear.weight * scale.unsqueeze(1)
         bias = (self.linear.bias - mean) * scale + self.norm.bias
         return weight.to(self.linear.weight.dtype), bias.to(self.linear.bias.dtype)
-
-    @torch.no_grad()
-    def track(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
-        """Updates running statistics as BatchNorm2d does over `count` values a channel, if there are any."""
-        norm = self.norm
-        if not norm.training or norm.running_mean is None:
-            return
-        some = count > 0
-        norm.num_batches_tracked.add_(some.to(norm.num_batches_tracked.dtype))
-        momentum = norm.momentum
-        share = 1 / norm.num_batches_tracked.clamp(min=1).double() if momentum is None else momentum
-        unbiased = variance * (count / (count - 1).clamp(min=1))
-        for running, batch in ((norm.running_mean, mean), (norm.running_var, unbiased)):
-            step = torch.where(some, share * (batch - running), 0)
-            running.add_(step.to(running.dtype))
 
 
 class LocalFeatureAggregation(nn.Module):
@@ -159,7 +141,7 @@ class LocalFeatureAggregation(nn.Module):
         biases: list[Tensor],
     ) -> tuple[Tensor, Tensor]:
         """The folded layer that follows `weights` and `biases` in the position network."""
-        if not layer.uses_batch_statistics:
+        if not uses_batch_statistics(layer.norm):
             return layer.fold(layer.norm.running_mean, layer.norm.running_var)
         mean, covariance, count = edge_moments(
             points, neighbors, weights, biases, negative_slope=self.negative_slope
@@ -168,5 +150,5 @@ class LocalFeatureAggregation(nn.Module):
         mean = weight @ mean + layer.linear.bias.double()
         # Rounding may leave a variance of nothing just below zero.
         variance = ((weight @ covariance) * weight).sum(1).clamp(min=0)
-        layer.track(mean, variance, count)
+        track(layer.norm, mean, variance, count)
         return layer.fold(mean, variance)
