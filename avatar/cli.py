@@ -17,21 +17,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from avatar.checkpoint import write_json
-from avatar.config import (
-    STAGES,
-    DemoCommand,
-    EvaluateCommand,
-    RunConfig,
-    TrainCommand,
-    differences,
-    from_json,
-    make_config,
-    to_json,
-)
+from avatar.commands import DemoCommand, EvaluateCommand, TrainCommand
+from avatar.config import STAGES, RunConfig
 from avatar.data import load_frames
 from avatar.errors import AvatarError, Stopped
 from avatar.evaluate import METRICS, Evaluation, evaluate_avatar, write_comparison, write_metrics
 from avatar.head import HeadModel, embedded_head, load_head
+from avatar.presets import differences, from_json, make_config, to_json
 from avatar.reporting import console
 from avatar.stages import fit as fit_stage
 

@@ -1,68 +1,11 @@
-"""Options: of the commands and of a training run, with the two presets."""
+"""Options of a training run: networks, stages, evaluation. Defaults are those of the preset `paper`."""
 
-import dataclasses
-import json
 import math
-import types
-import typing
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Annotated, Any, Literal
-
-import tyro
-
-from avatar.errors import AvatarError
+from typing import Literal
 
 Preset = Literal["small", "paper"]
 STAGES = ("fit",)
-
-
-@dataclass
-class Common:
-    seed: int = 0
-    device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto takes a GPU where there is one."""
-    set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE")] = ()
-    """Change options of the preset, for example --set fit.epochs=4 fit.vgg=0."""
-    debug: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Show the traceback of an error."""
-
-
-@dataclass
-class TrainCommand(Common):
-    """Train on a data set in the PointAvatar layout; the same command goes on after a stop."""
-
-    data: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DATA")] = field(kw_only=True)
-    """Folder that holds SUBJECT/SUBJECT/VIDEO/flame_params.json."""
-    out: Path = field(kw_only=True)
-    """Run folder."""
-    stages: str = ",".join(STAGES)
-    """Stages to run, separated by commas."""
-    preset: Preset = "small"
-    """small fits two CPU cores in minutes; paper has the published sizes and schedule."""
-
-
-@dataclass
-class EvaluateCommand:
-    """L1, LPIPS, SSIM and PSNR of every trained model on held-out frames; writes metrics.json."""
-
-    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
-    """Run folder."""
-    split: Literal["test", "train"] = "test"
-    data: Path | None = None
-    """Where the data set is now, if it has moved since training."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto takes a GPU where there is one."""
-    debug: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Show the traceback of an error."""
-
-
-@dataclass
-class DemoCommand(Common):
-    """The whole method, small, on the subject that comes with the package."""
-
-    out: Path = Path("runs/demo")
-    """Run folder."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +18,7 @@ class PointAvatarConfig:
     sdf_frequencies: int = 6
     """Octaves of the SDF network's positional encoding."""
     deformer_width: int = 128
+    deformer_layers: int = 4
     texture_widths: tuple[int, ...] = (64, 64)
     deformer: Literal["learned", "head"] = "learned"
     """learned: fields from scratch, held to the head's; head: the head's own plus a learned residual."""
@@ -148,6 +92,215 @@ class FitConfig:
 
 
 @dataclass(frozen=True)
+class PointFeaturesConfig:
+    """RandLA-Net beside a stack of EdgeConv layers. Defaults are the teacher's."""
+
+    randla_widths: tuple[int, ...] = (16, 64, 128, 256)
+    """d of every level; a level puts out 2 d channels."""
+    randla_neighbors: int = 16
+    randla_ratio: int = 4
+    """Points of a level over points of the next."""
+    gcn_widths: tuple[int, ...] = (64, 64, 128)
+    gcn_neighbors: int = 20
+    gcn_output: int | None = 256
+    """Width of the linear layer over all EdgeConv outputs; none = their concatenation as it is."""
+    gcn_level: int = 0
+    """Level of RandLA-Net's pyramid the EdgeConv layers work on; their features are copied up from there."""
+    norm_momentum: float = 0.01
+    """Of RandLA-Net's batch normalisation."""
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """What refines a fitted point avatar: point features fused with those of an image."""
+
+    features: PointFeaturesConfig = field(default_factory=PointFeaturesConfig)
+    resnet: Literal["resnet18", "resnet34", "resnet50"] = "resnet50"
+    image_widths: tuple[int, ...] = (1024, 512)
+    """Of the layers over ResNet's pooled features."""
+    fusion_widths: tuple[int, ...] = (512, 256)
+    """Of the layers over a point's and the image's features; the last is that of the feature T."""
+    head_widths: tuple[int, ...] = (256,)
+    """Of the hidden layers from T to the offsets of position and colour."""
+    latent_width: int = 512
+    image: Literal["frame", "enhanced"] = "frame"
+    """enhanced: the super-resolved frames of the data set's folder `enhanced`."""
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    """The compressed model: three small networks, small point features, no image."""
+
+    avatar: PointAvatarConfig = PointAvatarConfig(
+        sdf_width=64, sdf_layers=6, sdf_skip=3, deformer_width=64, deformer_layers=3, texture_widths=(32,)
+    )
+    features: PointFeaturesConfig = PointFeaturesConfig(
+        randla_widths=(16, 32, 96, 192),
+        randla_neighbors=12,
+        gcn_widths=(32, 32),
+        gcn_neighbors=8,
+        gcn_output=None,
+        gcn_level=1,
+    )
+    fusion_widths: tuple[int, ...] = (64, 64)
+    head_widths: tuple[int, ...] = ()
+    latent_width: int = 512
+
+
+@dataclass(frozen=True)
+class GeneratorConfig:
+    """StyleGAN2's generator, conditioned on splatted buffers."""
+
+    channel_base: int = 16384
+    """A resolution r has channel_base / r channels, at most `channel_max`."""
+    channel_max: int = 512
+    latent_size: int = 512
+    style_size: int = 512
+    mapping_layers: int = 8
+    mapping_rate: float = 0.01
+    """Learning rate of the mapping network relative to the rest."""
+    condition: Literal["splat", "none"] = "splat"
+    """splat: point buffers enter every resolution; none: the latent code alone, as the paper has it."""
+    point_features: int = 8
+    """Learned features per point among the splatted buffers."""
+    start: int | None = None
+    """First resolution; by default a quarter of the image with splats, 4 without."""
+    start_input: Literal["constant", "buffer"] = "constant"
+    """What the first resolution starts from: a learned constant or a convolution of the buffers."""
+
+
+@dataclass(frozen=True)
+class DiscriminatorConfig:
+    """StyleGAN2's residual discriminator."""
+
+    channel_base: int = 16384
+    channel_max: int = 512
+    group: int = 4
+    """Images that share a standard deviation."""
+
+
+@dataclass(frozen=True)
+class InverterConfig:
+    """The renderer inversion network; its maps have the generator's sizes."""
+
+    mapping_layers: int = 8
+    mapping_width: int = 512
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Length, batch and reports of a training stage with a fixed number of points."""
+
+    epochs: int = 60
+    steps_per_epoch: int | None = None
+    """By default an epoch is one pass over the training frames."""
+    batch_pixels: int = 819200
+    """Frames in a batch: this over the number of points, at least 1 and at most `batch_max`."""
+    batch_max: int = 8
+    decay: Literal["linear", "none"] = "none"
+    """linear: to a tenth over the second half."""
+    checkpoint_every: int = 500
+    image_every: int = 500
+    log_every: int = 20
+
+
+@dataclass(frozen=True)
+class TeacherTrainingConfig(ScheduleConfig):
+    """Training of what refines the point avatar, which is frozen."""
+
+    rate: float = 1e-3
+    own_frame_share: float = 0.5
+    """How often the image branch sees the frame to be drawn; else it sees another training frame."""
+    rgb: float = 1.0
+    mask: float = 1.0
+    vgg: float = 0.1
+    vgg_every: int = 1
+    vgg_size: int | None = 224
+    offset: float = 0.0
+    """Weight of the mean squared offset of positions and colours."""
+
+
+@dataclass(frozen=True)
+class DistillConfig(ScheduleConfig):
+    """Distillation of the teacher into the student (eq. 3 to 5, 10 to 13)."""
+
+    rate: float = 1e-3
+    point_rate: float = 1e-4
+    kl: float = 1.0
+    kl_form: Literal["density", "graph"] = "density"
+    """density: both clouds' densities at common anchors; graph: softmax over each point's neighbours."""
+    kl_anchors: int = 2048
+    kl_points: int = 8192
+    kl_width: float = 0.05
+    """Width of the kernels, in head units."""
+    kl_color_width: float = 0.1
+    ce: float = 1.0
+    ce_features: Literal["fused", "points"] = "fused"
+    """The teacher's features after or before they are fused with the image's."""
+    vgg: float = 0.1
+    vgg_every: int = 1
+    vgg_size: int | None = 224
+    flame: float = 1.0
+    flame_expression: float = 1000.0
+    flame_pose: float = 1000.0
+    flame_skinning: float = 0.1
+    mask: float = 1.0
+    rgb: float = 1.0
+    """Mean absolute error to the true frame, which the paper leaves out."""
+    match: float = 0.0
+    """Mean absolute error of positions and colours to those of the teacher's same points."""
+    surface: float = 1.0
+    eikonal: float = 0.1
+    eikonal_samples: int | None = None
+
+
+@dataclass(frozen=True)
+class AdversarialConfig(ScheduleConfig):
+    """Training of generator, discriminator and inverter, alternating with the student's optimisation.
+
+    `epochs` is the number of rounds. With `alternation` "blocks" a round is `optimization_steps` of the
+    student, then `rendering_steps` of the networks; with "single" it is one step of the student, then
+    `rendering_steps` of the networks.
+    """
+
+    epochs: int = 20
+    pretrain_steps: int = 4000
+    """Rendering steps before the first round."""
+    alternation: Literal["blocks", "single"] = "blocks"
+    optimization_steps: int = 200
+    rendering_steps: int = 200
+    batch: int = 4
+    generator_rate: float = 0.002
+    discriminator_rate: float = 0.002
+    inverter_rate: float = 0.002
+    point_feature_rate: float = 0.002
+    beta1: float = 0.0
+    beta2: float = 0.99
+    rgb: float = 5.0
+    vgg: float = 1.0
+    vgg_size: int | None = None
+    gan: float = 0.02
+    r1: float | None = None
+    """R1's gamma; by default 2e-4 * size^2 / batch."""
+    r1_every: int = 16
+    path_length: float = 0.0
+    path_length_every: int = 4
+    path_length_decay: float = 0.01
+    ema_images: float = 10000.0
+    """Half-life of the averaged generator, in images."""
+    student_rate: float = 1e-3
+    point_rate: float = 1e-4
+    cycle: float = 1.0
+    """Optimisation phase: 1 - cos(z, R(G(z))), the paper's only term."""
+    target_cycle: float = 1.0
+    """Optimisation phase: 1 - cos(z, R(frame))."""
+    optimization_rgb: float = 1.0
+    optimization_vgg: float = 0.1
+    splat_rgb: float = 0.0
+    """Optimisation phase: mean absolute error of the student's own splatted image."""
+
+
+@dataclass(frozen=True)
 class EvaluateConfig:
     """How held-out frames are rendered and scored."""
 
@@ -169,150 +322,13 @@ class RunConfig:
     size: int = 512
     seed: int = 0
     point_avatar: PointAvatarConfig = field(default_factory=PointAvatarConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    student: StudentConfig = field(default_factory=StudentConfig)
+    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
+    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+    inverter: InverterConfig = field(default_factory=InverterConfig)
     fit: FitConfig = field(default_factory=FitConfig)
+    teacher_training: TeacherTrainingConfig = field(default_factory=TeacherTrainingConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
-
-
-SMALL_POINT_AVATAR = PointAvatarConfig(
-    sdf_width=64,
-    sdf_layers=6,
-    sdf_skip=3,
-    deformer_width=64,
-    texture_widths=(32, 32),
-    deformer="head",
-    normals="skinning",
-    points=9000,
-    start="surface",
-    dense_share=4.0,
-    radius=0.04,
-    jaw_opening=0.12,
-)
-SMALL_FIT = FitConfig(
-    epochs=8,
-    steps_per_epoch=100,
-    batch_max=1,
-    grow_epochs=(2,),
-    prune_from=1,
-    prune_until=1,
-    rebuild_optimizer=False,
-    rate=2e-3,
-    point_rate=5e-4,
-    deformer_rate=2e-4,
-    decay="linear",
-    tracking_from=None,
-    vgg_every=2,
-    vgg_size=None,
-    vgg_from=2,
-    eikonal_samples=2000,
-    flame=1.0,
-    flame_halvings=(),
-    checkpoint_every=50,
-    image_every=200,
-    log_every=10,
-)
-
-
-def make_config(data: str, preset: Preset, seed: int = 0, overrides: tuple[str, ...] = ()) -> RunConfig:
-    """A preset's configuration with `NAME=VALUE` overrides, names dotted as in `fit.epochs`."""
-    if preset == "small":
-        config = RunConfig(
-            data=data,
-            size=128,
-            point_avatar=SMALL_POINT_AVATAR,
-            fit=SMALL_FIT,
-            evaluate=EvaluateConfig(refine_steps=0, open_image=False),
-        )
-    else:
-        config = RunConfig(data=data, preset=preset)
-    config = dataclasses.replace(config, seed=seed)
-    for override in overrides:
-        name, separator, text = override.partition("=")
-        if not separator:
-            raise AvatarError(f"--set {override}: wants NAME=VALUE")
-        config = _override(config, name.split("."), text, override)
-    return config
-
-
-def _override(config: Any, path: list[str], text: str, override: str) -> Any:
-    fields = typing.get_type_hints(type(config))
-    if path[0] not in fields:
-        raise AvatarError(f"--set {override}: no option '{path[0]}' (options: {', '.join(sorted(fields))})")
-    current = getattr(config, path[0])
-    if len(path) > 1:
-        if not dataclasses.is_dataclass(current):
-            raise AvatarError(f"--set {override}: '{path[0]}' has no options of its own")
-        value = _override(current, path[1:], text, override)
-    else:
-        if dataclasses.is_dataclass(current):
-            raise AvatarError(f"--set {override}: '{path[0]}' is a group; name one of its options")
-        try:
-            raw = json.loads(text.lower() if text.lower() in ("none", "true", "false", "null") else text)
-        except ValueError:
-            raw = None if text.lower() == "none" else text
-        try:
-            value = _typed(raw, fields[path[0]])
-        except (TypeError, ValueError):
-            raise AvatarError(
-                f"--set {override}: '{text}' does not fit {_describe(fields[path[0]])}"
-            ) from None
-    return dataclasses.replace(config, **{path[0]: value})
-
-
-def _typed(raw: Any, hint: Any) -> Any:
-    """`raw`, decoded from JSON, as the annotated type; ValueError or TypeError where it does not fit."""
-    origin = typing.get_origin(hint)
-    if dataclasses.is_dataclass(hint):
-        hints = typing.get_type_hints(hint)
-        unknown = raw.keys() - hints.keys()
-        if unknown:
-            raise ValueError(f"unknown option '{sorted(unknown)[0]}'")
-        return hint(**{name: _typed(value, hints[name]) for name, value in raw.items()})
-    if origin is Literal:
-        if raw not in typing.get_args(hint):
-            raise ValueError(raw)
-        return raw
-    if origin in (types.UnionType, typing.Union):
-        if raw is None:
-            return None
-        return _typed(raw, next(option for option in typing.get_args(hint) if option is not type(None)))
-    if origin is tuple:
-        return tuple(_typed(item, typing.get_args(hint)[0]) for item in raw)
-    if hint is float and isinstance(raw, int) and not isinstance(raw, bool):
-        return float(raw)
-    if type(raw) is not hint:
-        raise ValueError(raw)
-    return raw
-
-
-def _describe(hint: Any) -> str:
-    if typing.get_origin(hint) is Literal:
-        return "one of " + ", ".join(typing.get_args(hint))
-    return getattr(hint, "__name__", None) if isinstance(hint, type) else str(hint).replace("typing.", "")
-
-
-def to_json(config: RunConfig) -> dict[str, Any]:
-    return json.loads(json.dumps(dataclasses.asdict(config)))
-
-
-def from_json(content: dict[str, Any], source: str) -> RunConfig:
-    """The configuration in a run's config.json.
-
-    Raises:
-        AvatarError: an option that does not exist or does not fit.
-    """
-    try:
-        return _typed(content, RunConfig)
-    except (AttributeError, TypeError, ValueError) as error:
-        raise AvatarError(f"{source}: not a configuration of this version ({error})") from error
-
-
-def differences(first: dict[str, Any], second: dict[str, Any], prefix: str = "") -> list[str]:
-    """Options in which two configurations differ, as 'fit.epochs (8, here 4)'."""
-    found = []
-    for name in sorted(first.keys() | second.keys()):
-        a, b = first.get(name), second.get(name)
-        if isinstance(a, dict) and isinstance(b, dict):
-            found += differences(a, b, f"{prefix}{name}.")
-        elif a != b:
-            found.append(f"{prefix}{name} ({a}, here {b})")
-    return found

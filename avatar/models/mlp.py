@@ -89,10 +89,10 @@ class DeformerNetwork(nn.Module):
         logits: (N, bones); zero at first.
     """
 
-    def __init__(self, blend_outputs: int, bones: int, width: int = 128):
+    def __init__(self, blend_outputs: int, bones: int, width: int = 128, layers: int = 4):
         super().__init__()
         self.trunk = nn.ModuleList(
-            weight_norm(hidden_linear(3 if index == 0 else width, width)) for index in range(4)
+            weight_norm(hidden_linear(3 if index == 0 else width, width)) for index in range(layers)
         )
         self.blend = zero_linear(width, blend_outputs)
         self.skinning_hidden = weight_norm(hidden_linear(width, width))

@@ -57,11 +57,11 @@ def inverse_3x3(matrices: Tensor) -> Tensor:
 class LearnedDeformer(nn.Module):
     """Fields from scratch: zero bases and equal weights at first."""
 
-    def __init__(self, head: HeadModel, width: int):
+    def __init__(self, head: HeadModel, width: int, layers: int):
         super().__init__()
         self.expressions, self.pose_features = head.num_expressions, head.num_pose_features
         blend = 3 * (self.expressions + self.pose_features + 1)
-        self.network = DeformerNetwork(blend, len(head.parents) + 1, width)
+        self.network = DeformerNetwork(blend, len(head.parents) + 1, width, layers)
 
     def locate(self, points: Tensor) -> None:
         """Nothing to look up: the network takes the points as they are."""
@@ -78,9 +78,9 @@ class HeadDeformer(nn.Module):
 
     NEIGHBORS = 3
 
-    def __init__(self, head: HeadModel, canonical_vertices: Tensor, width: int):
+    def __init__(self, head: HeadModel, canonical_vertices: Tensor, width: int, layers: int):
         super().__init__()
-        self.residual = LearnedDeformer(head, width)
+        self.residual = LearnedDeformer(head, width, layers)
         tables = [head.pose_basis.flatten(1), head.expression_basis.flatten(1), head.weights_with_ghost()]
         self.register_buffer("vertices", canonical_vertices, persistent=False)
         self.register_buffer("table", torch.cat(tables, 1), persistent=False)
@@ -142,9 +142,9 @@ class PointAvatar(nn.Module):
 
         self.sdf = SdfNetwork(config.sdf_width, config.sdf_layers, config.sdf_skip, config.sdf_frequencies)
         if config.deformer == "head":
-            self.deformer = HeadDeformer(head, vertices, config.deformer_width)
+            self.deformer = HeadDeformer(head, vertices, config.deformer_width, config.deformer_layers)
         else:
-            self.deformer = LearnedDeformer(head, config.deformer_width)
+            self.deformer = LearnedDeformer(head, config.deformer_width, config.deformer_layers)
         self.texture = TextureNetwork(config.texture_widths)
         self.points = nn.Parameter(self._start(generator))
         self.register_buffer("visible", torch.zeros(len(self.points), dtype=torch.bool))

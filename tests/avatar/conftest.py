@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from avatar.camera import project
-from avatar.config import make_config
 from avatar.head import embedded_head
+from avatar.presets import make_config
 
 TINY = (
     "size=32",

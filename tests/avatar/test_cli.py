@@ -9,10 +9,11 @@ from conftest import TINY, write_dataset
 from PIL import Image
 
 from avatar import cli
-from avatar.config import EvaluateConfig, make_config, to_json
+from avatar.config import EvaluateConfig
 from avatar.data import load_frames
 from avatar.evaluate import evaluate_avatar, open_image, render_frame
 from avatar.perceptual import WeightsUnavailable
+from avatar.presets import make_config, to_json
 from avatar.stages.fit import load_avatar
 
 FAST = ("--set", *TINY, "fit.epochs=1")

@@ -11,10 +11,11 @@ import torch
 from conftest import TINY
 
 from avatar.checkpoint import latest_checkpoint
-from avatar.config import FitConfig, make_config
+from avatar.config import FitConfig
 from avatar.data import load_frames
 from avatar.errors import AvatarError, Stopped
 from avatar.head import embedded_head
+from avatar.presets import make_config
 from avatar.stages.fit import (
     Fit,
     Position,

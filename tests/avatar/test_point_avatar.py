@@ -8,10 +8,11 @@ from test_head import flame_like
 
 import avatar_ops
 from avatar import losses
-from avatar.config import SMALL_POINT_AVATAR, PointAvatarConfig
+from avatar.config import PointAvatarConfig
 from avatar.head import HeadModel
 from avatar.models.mlp import SdfNetwork, parameter_count
 from avatar.models.point_avatar import PointAvatar, inverse_3x3, splat
+from avatar.presets import SMALL_POINT_AVATAR
 
 CAMERA = {
     "translation": torch.tensor([[0.0, 0.06, -6.4]]),
