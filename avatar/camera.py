@@ -1,7 +1,21 @@
 """The camera of the PointAvatar layout."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+
+@dataclass
+class Camera:
+    """Cameras of B frames; see `project`."""
+
+    intrinsics: Tensor  # (B, 4)
+    translation: Tensor  # (B, 3)
+    image_size: tuple[int, int]
+
+    def project(self, points: Tensor) -> Tensor:
+        return project(points, self.intrinsics, self.translation, self.image_size)
 
 
 def project(points: Tensor, intrinsics: Tensor, translation: Tensor, image_size: tuple[int, int]) -> Tensor:

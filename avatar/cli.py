@@ -16,12 +16,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from avatar.camera import Camera
 from avatar.checkpoint import write_json
 from avatar.commands import DemoCommand, EvaluateCommand, TrainCommand
 from avatar.config import STAGES, RunConfig
 from avatar.data import load_frames
 from avatar.errors import AvatarError, Stopped
-from avatar.evaluate import METRICS, Evaluation, evaluate_avatar, write_comparison, write_metrics
+from avatar.evaluate import METRICS, Evaluation, evaluate_model, write_comparison, write_metrics
 from avatar.head import HeadModel, embedded_head, load_head
 from avatar.presets import differences, from_json, make_config, to_json
 from avatar.reporting import console
@@ -137,7 +138,11 @@ def evaluate(
     """Evaluate every trained model of a run; returns the evaluations and the true frames."""
     avatar = fit_stage.load_avatar(folder, config, head_of(config)).to(device)
     frames = load_frames(data_folder(config), split, config.size).to(device)
-    evaluations = {"point_avatar": evaluate_avatar(avatar, frames, config.evaluate)}
+
+    def draw(expression: torch.Tensor, pose: torch.Tensor, camera: Camera) -> torch.Tensor:
+        return avatar(expression, pose, camera)[1].image
+
+    evaluations = {"point_avatar": evaluate_model(draw, frames, config.evaluate)}
     write_metrics(folder, split, len(frames), evaluations)
     return evaluations, frames.image(torch.arange(len(frames), device=device)).cpu()
 

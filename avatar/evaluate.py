@@ -1,5 +1,6 @@
 """Render held-out frames and score them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -13,15 +14,17 @@ from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
 from avatar import losses, metrics
+from avatar.camera import Camera
 from avatar.checkpoint import write_bytes, write_json
 from avatar.config import EvaluateConfig
 from avatar.data import Frames
-from avatar.models.point_avatar import PointAvatar
 from avatar.perceptual import WeightsUnavailable
 from avatar.reporting import console
 
 METRICS = "metrics.json"
 NAMES = ("l1", "lpips", "ssim", "psnr")
+# Draws frames of expression (B, E) and pose (B, 15) as a camera sees them: (B, 3, H, W).
+Draw = Callable[[Tensor, Tensor, Camera], Tensor]
 
 
 @dataclass
@@ -37,22 +40,26 @@ def open_image(images: Tensor) -> Tensor:
     return F.max_pool2d(-F.max_pool2d(-images, 3, 1, 1), 3, 1, 1)
 
 
-def render_frame(avatar: PointAvatar, frames: Frames, index: Tensor, config: EvaluateConfig) -> Tensor:
+def render_frame(draw: Draw, frames: Frames, index: Tensor, config: EvaluateConfig) -> Tensor:
     """One held-out frame as published evaluations see it: refined, in whole 8-bit steps: (1, 3, H, W)."""
     tracked = [getattr(frames, name)[index].clone() for name in ("expression", "pose", "translation")]
-    intrinsics = frames.intrinsics[index]
+
+    def picture() -> Tensor:
+        expression, pose, translation = tracked
+        return draw(expression, pose, frames.camera(index, translation))
+
     if config.refine_steps:
         target = frames.image(index)
         for value in tracked:
             value.requires_grad_(True)
         optimizer = torch.optim.Adam(tracked, lr=config.refine_rate)
         for _ in range(config.refine_steps):
-            loss = losses.rgb(avatar(*tracked, intrinsics, frames.image_size).image, target)
-            for value, gradient in zip(tracked, torch.autograd.grad(loss, tracked), strict=True):
+            gradients = torch.autograd.grad(losses.rgb(picture(), target), tracked)
+            for value, gradient in zip(tracked, gradients, strict=True):
                 value.grad = gradient
             optimizer.step()
     with torch.no_grad():
-        image = avatar(*tracked, intrinsics, frames.image_size).image
+        image = picture()
     image = torch.floor(image.clamp(0, 1) * 255) / 255
     return open_image(image) if config.open_image else image
 
@@ -66,8 +73,8 @@ def perceptual_metric(device: torch.device) -> metrics.Lpips | None:
         return None
 
 
-def evaluate_avatar(avatar: PointAvatar, frames: Frames, config: EvaluateConfig) -> Evaluation:
-    """Mean scores over all frames of a split, whole image and without clothes.
+def evaluate_model(draw: Draw, frames: Frames, config: EvaluateConfig, label: str = "") -> Evaluation:
+    """Mean scores of a model over all frames of a split, whole image and without clothes.
 
     `no_cloth` is null where the data set has no semantic labels, `lpips` where its weights cannot be had.
     """
@@ -75,9 +82,9 @@ def evaluate_avatar(avatar: PointAvatar, frames: Frames, config: EvaluateConfig)
     whole: list[dict[str, Tensor]] = []
     no_cloth: list[dict[str, Tensor]] = []
     images = []
-    for number in track(range(len(frames)), "evaluate", console=console):
+    for number in track(range(len(frames)), f"evaluate {label}".strip(), console=console):
         index = torch.tensor([number], device=frames.images.device)
-        image, target = render_frame(avatar, frames, index, config), frames.image(index)
+        image, target = render_frame(draw, frames, index, config), frames.image(index)
         images.append(image[0].cpu())
         whole.append(_score(image, target, lpips, None))
         if frames.labels is not None:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from avatar.camera import Camera
 from avatar.errors import AvatarError
 
 PARAMETERS = "flame_params.json"
@@ -53,6 +54,11 @@ class Frames:
 
     def matte(self, index: Tensor) -> Tensor:
         return self.mattes[index].float() / 255
+
+    def camera(self, index: Tensor, translation: Tensor | None = None) -> Camera:
+        """Cameras of frames, with the tracked translations (B, 3) unless others are given."""
+        translation = self.translation[index] if translation is None else translation
+        return Camera(self.intrinsics[index], translation, self.image_size)
 
     def to(self, device: torch.device) -> "Frames":
         moved = {

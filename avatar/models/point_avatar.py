@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import avatar_ops
-from avatar.camera import ndc_to_pixels, project
+from avatar.camera import Camera
 from avatar.config import PointAvatarConfig
 from avatar.head.model import HeadModel, apply_transforms, blend_transforms
 from avatar.models.mlp import DeformerNetwork, SdfNetwork, TextureNetwork
+from avatar.splatting import Splats, draw_points
 
 SKINNING_GAIN = 20.0
 VISIBLE_WEIGHT = 0.5
@@ -32,19 +33,15 @@ class Fields:
 
 
 @dataclass
-class Rendering:
-    """Images of B frames and what the losses need of the pass that made them."""
+class PosedPoints:
+    """The points of B frames and what the losses need of the pass that made them."""
 
-    image: Tensor  # (B, 3, H, W), composited on white
-    mask: Tensor  # (B, 1, H, W)
-    fields: Fields
-    sdf: Tensor  # (N,)
-    sdf_gradient: Tensor  # (N, 3)
     posed: Tensor  # (B, N, 3)
     normals: Tensor  # (B, N, 3)
     colors: Tensor  # (B, N, 3)
-    fragments: avatar_ops.Fragments
-    alphas: Tensor  # (B, H, W, points_per_pixel)
+    fields: Fields
+    sdf: Tensor  # (N,)
+    sdf_gradient: Tensor  # (N, 3)
 
 
 def inverse_3x3(matrices: Tensor) -> Tensor:
@@ -207,20 +204,8 @@ class PointAvatar(nn.Module):
             columns.append(torch.func.jvp(posed, (points,), (direction,))[1])
         return torch.stack(columns, -1)
 
-    def forward(
-        self,
-        expression: Tensor,
-        pose: Tensor,
-        translation: Tensor,
-        intrinsics: Tensor,
-        image_size: tuple[int, int],
-    ) -> Rendering:
-        """Render frames.
-
-        Args:
-            expression: (B, E).   pose: (B, 15).   translation: (B, 3).   intrinsics: (B, 4).
-            image_size: (H, W).
-        """
+    def pose_points(self, expression: Tensor, pose: Tensor) -> PosedPoints:
+        """Points of frames with expression (B, E) and pose (B, 15)."""
         # The networks see the points where they are; only the splat moves them.
         fixed = self.points.detach()
         outputs, gradient = self.sdf_and_gradient(fixed)
@@ -235,29 +220,22 @@ class PointAvatar(nn.Module):
             normals = F.normalize((turn.detach() @ canonical_normals[..., None])[..., 0], dim=-1)
         albedo = torch.sigmoid(self.config.albedo_gain * outputs[:, 1:])
         colors = (2 * self.texture(normals) * albedo).clamp(0, 1)
+        return PosedPoints(posed, normals, colors, fields, outputs[:, 0], gradient)
 
-        pixels = project(posed, intrinsics, translation, image_size)
-        radius = ndc_to_pixels(self.radius, image_size)
-        fragments, alphas = splat(pixels, image_size, radius, self.config.points_per_pixel)
-        painted, mask = avatar_ops.composite_points(fragments, colors, alphas)
-        return Rendering(
-            image=painted + (1 - mask),
-            mask=mask,
-            fields=fields,
-            sdf=outputs[:, 0],
-            sdf_gradient=gradient,
-            posed=posed,
-            normals=normals,
-            colors=colors,
-            fragments=fragments,
-            alphas=alphas,
-        )
+    def draw(self, posed: Tensor, colors: Tensor, camera: Camera) -> Splats:
+        """Splat posed points (B, N, 3) with colours (B, N, 3), these or those of a model on top."""
+        return draw_points(posed, colors, camera, self.radius, self.config.points_per_pixel)
+
+    def forward(self, expression: Tensor, pose: Tensor, camera: Camera) -> tuple[PosedPoints, Splats]:
+        """Pose and draw frames with expression (B, E) and pose (B, 15)."""
+        points = self.pose_points(expression, pose)
+        return points, self.draw(points.posed, points.colors, camera)
 
     @torch.no_grad()
-    def note_visible(self, rendering: Rendering) -> None:
+    def note_visible(self, splats: Splats) -> None:
         """Mark the points that are in front at some pixel or make up more than half of one."""
-        indices = rendering.fragments.indices
-        alphas = torch.where(indices >= 0, rendering.alphas, 0.0)
+        indices = splats.fragments.indices
+        alphas = torch.where(indices >= 0, splats.alphas, 0.0)
         passed = torch.cumprod(1 - alphas, -1)
         weights = alphas * torch.cat([torch.ones_like(passed[..., :1]), passed[..., :-1]], -1)
         seen = (weights > VISIBLE_WEIGHT) & (indices >= 0)
@@ -269,23 +247,6 @@ class PointAvatar(nn.Module):
         """Replace the points; optimisers must be told of the new parameter."""
         self.points = nn.Parameter(points)
         self.visible = torch.zeros(len(points), dtype=torch.bool, device=points.device)
-
-
-def splat(
-    pixels: Tensor, image_size: tuple[int, int], radius: float, points_per_pixel: int
-) -> tuple[avatar_ops.Fragments, Tensor]:
-    """The nearest points at every pixel and their opacities 1 - d^2 / r^2.
-
-    Args:
-        pixels: (B, N, 3) x and y in pixels, depth.   radius: pixels.
-
-    Returns:
-        fragments, alphas (B, H, W, points_per_pixel), 0 in empty slots.
-    """
-    fragments = avatar_ops.rasterize_points(pixels, image_size, radius, points_per_pixel)
-    empty = fragments.indices < 0
-    distances = torch.where(empty, 0.0, fragments.distances)
-    return fragments, torch.where(empty, 0.0, 1 - distances / radius**2)
 
 
 def sample_surface(

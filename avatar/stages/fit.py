@@ -242,18 +242,18 @@ class Fit:
         fit, position, avatar = self.config.fit, self.position, self.avatar
         frames, seed = self.frames, self.config.seed
         expression, pose, translation = self.tracking(index)
-        rendering = avatar(expression, pose, translation, frames.intrinsics[index], frames.image_size)
-        avatar.note_visible(rendering)
+        points, splats = avatar(expression, pose, frames.camera(index, translation))
+        avatar.note_visible(splats)
         target = frames.image(index)
         terms = {
-            "rgb": fit.rgb * losses.rgb(rendering.image, target),
-            "mask": fit.mask * losses.mask(rendering.mask, frames.matte(index)),
-            "surface": fit.surface * losses.surface(rendering.sdf),
-            "eikonal": fit.eikonal * losses.eikonal(self._eikonal_gradient(rendering.sdf_gradient, seed)),
-            "flame": flame_weight(fit, position.epoch) * losses.flame(avatar, rendering.fields),
+            "rgb": fit.rgb * losses.rgb(splats.image, target),
+            "mask": fit.mask * losses.mask(splats.mask, frames.matte(index)),
+            "surface": fit.surface * losses.surface(points.sdf),
+            "eikonal": fit.eikonal * losses.eikonal(self._eikonal_gradient(points.sdf_gradient, seed)),
+            "flame": flame_weight(fit, position.epoch) * losses.flame(avatar, points.fields),
         }
         if self.perceptual and position.epoch >= fit.vgg_from and position.step % fit.vgg_every == 0:
-            terms["vgg"] = fit.vgg * fit.vgg_every * self.perceptual(rendering.image, target)
+            terms["vgg"] = fit.vgg * fit.vgg_every * self.perceptual(splats.image, target)
         terms["total"] = torch.stack(list(terms.values())).sum()
         return terms
 
@@ -362,4 +362,4 @@ def _preview(run: Fit) -> Tensor:
     index = torch.zeros(1, dtype=torch.int64, device=run.device)
     expression, pose, translation = run.tracking(index)
     frames = run.frames
-    return run.avatar(expression, pose, translation, frames.intrinsics[index], frames.image_size).image
+    return run.avatar(expression, pose, frames.camera(index, translation))[1].image

@@ -11,7 +11,7 @@ from PIL import Image
 from avatar import cli
 from avatar.config import EvaluateConfig
 from avatar.data import load_frames
-from avatar.evaluate import evaluate_avatar, open_image, render_frame
+from avatar.evaluate import evaluate_model, open_image, render_frame
 from avatar.perceptual import WeightsUnavailable
 from avatar.presets import make_config, to_json
 from avatar.stages.fit import load_avatar
@@ -80,9 +80,13 @@ def test_refinement_brings_a_held_out_frame_nearer(run_folder, dataset, head):
     frames = load_frames(dataset, "test", config.size)
     avatar = load_avatar(run_folder, config, head)
     index = torch.tensor([0])
+
+    def draw(*tracked):
+        return avatar(*tracked)[1].image
+
     errors = []
     for steps in (0, 20):
-        image = render_frame(avatar, frames, index, EvaluateConfig(steps, 5e-3, open_image=False))
+        image = render_frame(draw, frames, index, EvaluateConfig(steps, 5e-3, open_image=False))
         assert torch.equal(image, (image * 255).round() / 255)
         errors.append((image - frames.image(index)).abs().mean())
     assert errors[1] < errors[0]
@@ -101,7 +105,7 @@ def test_opening_removes_single_bright_pixels():
 def test_perfect_rendering_scores_perfectly(dataset, monkeypatch):
     frames = load_frames(dataset, "test", 32)
     monkeypatch.setattr("avatar.evaluate.render_frame", lambda _, frames, index, __: frames.image(index))
-    values = evaluate_avatar(None, frames, EvaluateConfig()).values
+    values = evaluate_model(None, frames, EvaluateConfig()).values
     assert values["l1"] == 0
     assert values["ssim"] == pytest.approx(1)
 

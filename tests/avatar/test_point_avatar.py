@@ -1,5 +1,6 @@
 import copy
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,11 +9,13 @@ from test_head import flame_like
 
 import avatar_ops
 from avatar import losses
+from avatar.camera import Camera
 from avatar.config import PointAvatarConfig
 from avatar.head import HeadModel
 from avatar.models.mlp import SdfNetwork, parameter_count
-from avatar.models.point_avatar import PointAvatar, inverse_3x3, splat
+from avatar.models.point_avatar import PointAvatar, inverse_3x3
 from avatar.presets import SMALL_POINT_AVATAR
+from avatar.splatting import splat
 
 CAMERA = {
     "translation": torch.tensor([[0.0, 0.06, -6.4]]),
@@ -41,7 +44,10 @@ def render(avatar, expression=None, pose=None, size=32):
     pose = torch.randn(1, 15) * 0.1 if pose is None else pose
     frames = len(expression)
     camera = {name: value.expand(frames, -1) for name, value in CAMERA.items()}
-    return avatar(expression, pose, camera["translation"], camera["intrinsics"], (size, size))
+    points, splats = avatar(
+        expression, pose, Camera(camera["intrinsics"], camera["translation"], (size, size))
+    )
+    return SimpleNamespace(**vars(points), **vars(splats))
 
 
 @pytest.fixture(scope="module")
