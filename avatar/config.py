@@ -43,15 +43,33 @@ class PointAvatarConfig:
 
 
 @dataclass(frozen=True)
-class FitConfig:
-    """Schedule, losses and optimisers of the point avatar. Defaults are the paper's."""
+class ReportConfig:
+    """How often a stage saves and shows what it has."""
 
-    epochs: int = 63
+    checkpoint_every: int = 500
+    image_every: int = 500
+    log_every: int = 20
+
+
+@dataclass(frozen=True)
+class ScheduleConfig(ReportConfig):
+    """Length and batch of a stage."""
+
+    epochs: int = 60
     steps_per_epoch: int | None = None
     """By default an epoch is one pass over the training frames."""
     batch_pixels: int = 819200
     """Frames in a batch: this over the number of points, at least 1 and at most `batch_max`."""
     batch_max: int = 8
+    decay: Literal["linear", "none"] = "none"
+    """linear: to a tenth over the second half."""
+
+
+@dataclass(frozen=True)
+class FitConfig(ScheduleConfig):
+    """Schedule, losses and optimisers of the point avatar. Defaults are the paper's."""
+
+    epochs: int = 63
     max_points: int = 409600
     grow_every: int = 5
     grow_epochs: tuple[int, ...] | None = None
@@ -86,9 +104,6 @@ class FitConfig:
     """Samples of the eikonal term; by default the points and as many beside them."""
     flame: float = 10.0
     flame_halvings: tuple[int, ...] = (10, 20, 30, 40)
-    checkpoint_every: int = 500
-    image_every: int = 500
-    log_every: int = 20
 
 
 @dataclass(frozen=True)
@@ -188,23 +203,6 @@ class InverterConfig:
 
 
 @dataclass(frozen=True)
-class ScheduleConfig:
-    """Length, batch and reports of a training stage with a fixed number of points."""
-
-    epochs: int = 60
-    steps_per_epoch: int | None = None
-    """By default an epoch is one pass over the training frames."""
-    batch_pixels: int = 819200
-    """Frames in a batch: this over the number of points, at least 1 and at most `batch_max`."""
-    batch_max: int = 8
-    decay: Literal["linear", "none"] = "none"
-    """linear: to a tenth over the second half."""
-    checkpoint_every: int = 500
-    image_every: int = 500
-    log_every: int = 20
-
-
-@dataclass(frozen=True)
 class TeacherTrainingConfig(ScheduleConfig):
     """Training of what refines the point avatar, which is frozen."""
 
@@ -255,21 +253,19 @@ class DistillConfig(ScheduleConfig):
 
 
 @dataclass(frozen=True)
-class AdversarialConfig(ScheduleConfig):
-    """Training of generator, discriminator and inverter, alternating with the student's optimisation.
+class AdversarialConfig(ReportConfig):
+    """Training of generator, discriminator and inverter, alternating with the student's optimisation."""
 
-    `epochs` is the number of rounds. With `alternation` "blocks" a round is `optimization_steps` of the
-    student, then `rendering_steps` of the networks; with "single" it is one step of the student, then
-    `rendering_steps` of the networks.
-    """
-
-    epochs: int = 20
     pretrain_steps: int = 4000
     """Rendering steps before the first round."""
-    alternation: Literal["blocks", "single"] = "blocks"
+    rounds: int = 20
     optimization_steps: int = 200
+    """Steps of the student that begin a round."""
     rendering_steps: int = 200
+    """Steps of the networks that end a round. The paper also says 1 and S - 1 of every S."""
     batch: int = 4
+    decay: Literal["linear", "none"] = "none"
+    """linear: to a tenth over the last two fifths."""
     generator_rate: float = 0.002
     discriminator_rate: float = 0.002
     inverter_rate: float = 0.002

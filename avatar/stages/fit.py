@@ -9,21 +9,25 @@ import torch
 from torch import Tensor, nn
 
 from avatar import losses
-from avatar.checkpoint import (
-    Checkpoint,
-    latest_checkpoint,
-    pack_optimizer,
-    save_checkpoint,
-    unpack_optimizer,
-)
+from avatar.checkpoint import Checkpoint, latest_checkpoint, pack_optimizer, unpack_optimizer
 from avatar.config import FitConfig, RunConfig
 from avatar.data import Frames
-from avatar.errors import AvatarError, Stopped
+from avatar.errors import AvatarError
 from avatar.head import HeadModel
 from avatar.models.point_avatar import PointAvatar
-from avatar.perceptual import VggLoss, WeightsUnavailable
 from avatar.random import keyed_generator
-from avatar.reporting import Reporter
+from avatar.stages.loop import (
+    Stage,
+    batch_size,
+    below_prefix,
+    draw_batch,
+    linear_decay,
+    parameter_group,
+    perceptual_loss,
+    run_stage,
+    set_rates,
+    with_prefix,
+)
 
 STAGE = "fit"
 MILESTONES = (40, 60)
@@ -92,7 +96,7 @@ def load_avatar(folder: Path, config: RunConfig, head: HeadModel) -> PointAvatar
 def learning_rate_factor(config: FitConfig, position: Position) -> float:
     """Decay at a position of the schedule, relative to the base rate."""
     if config.decay == "linear":
-        return 1 - 0.9 * max(0.0, 2 * position.fraction - 1)
+        return linear_decay(position.fraction)
     if config.decay == "milestones" and not config.rebuild_optimizer:
         return 0.5 ** sum(position.epoch >= milestone for milestone in MILESTONES)
     return 1.0
@@ -100,20 +104,6 @@ def learning_rate_factor(config: FitConfig, position: Position) -> float:
 
 def flame_weight(config: FitConfig, epoch: int) -> float:
     return config.flame * 0.5 ** sum(epoch >= halving for halving in config.flame_halvings)
-
-
-def batch_size(config: FitConfig, points: int) -> int:
-    return max(1, min(config.batch_pixels // points, config.batch_max))
-
-
-def draw_batch(seed: int, position: Position, count: int, frames: int) -> Tensor:
-    """The next `count` frames of an endless row of shuffled passes over all frames."""
-    index = []
-    for place in range(position.drawn, position.drawn + count):
-        turn, within = divmod(place, frames)
-        order = torch.randperm(frames, generator=keyed_generator(seed, "frames", turn))
-        index.append(order[within])
-    return torch.stack(index)
 
 
 def grow(avatar: PointAvatar, generator: torch.Generator, shrink: float) -> Tensor:
@@ -135,17 +125,10 @@ def prune(avatar: PointAvatar) -> Tensor:
     return kept
 
 
-def perceptual_loss(config: FitConfig, device: torch.device) -> VggLoss | None:
-    if config.vgg == 0:
-        return None
-    try:
-        return VggLoss(size=config.vgg_size).to(device)
-    except WeightsUnavailable as error:
-        raise AvatarError(f"{error}; or train without the perceptual loss: --set fit.vgg=0") from error
-
-
-class Fit:
+class Fit(Stage):
     """Model, optimisers and position of one fitting run."""
+
+    name = STAGE
 
     def __init__(self, config: RunConfig, avatar: PointAvatar, frames: Frames, device: torch.device):
         self.config, self.frames = config, frames
@@ -157,19 +140,15 @@ class Fit:
         self.tracking_optimizer = torch.optim.SparseAdam(
             list(self.tracking.parameters()), lr=config.fit.tracking_rate
         )
-        self.perceptual = perceptual_loss(config.fit, device)
+        self.perceptual = perceptual_loss("fit.vgg", config.fit.vgg, config.fit.vgg_size, device)
 
     def _build_optimizer(self) -> torch.optim.Adam:
         fit, avatar = self.config.fit, self.avatar
         networks = [*avatar.sdf.parameters(), *avatar.texture.parameters()]
         groups = [
-            {"params": [avatar.points], "lr": fit.point_rate, "base_rate": fit.point_rate},
-            {"params": networks, "lr": fit.rate, "base_rate": fit.rate},
-            {
-                "params": list(avatar.deformer.parameters()),
-                "lr": fit.deformer_rate,
-                "base_rate": fit.deformer_rate,
-            },
+            parameter_group([avatar.points], fit.point_rate),
+            parameter_group(networks, fit.rate),
+            parameter_group(list(avatar.deformer.parameters()), fit.deformer_rate),
         ]
         return torch.optim.Adam(groups, fused=True)
 
@@ -208,6 +187,18 @@ class Fit:
     def finished(self) -> bool:
         return self.position.epoch >= self.config.fit.epochs
 
+    @property
+    def steps_done(self) -> int:
+        return self.position.step
+
+    def counts(self) -> dict[str, int]:
+        return {"points": self.avatar.num_points}
+
+    def preview(self) -> Tensor:
+        index = torch.zeros(1, dtype=torch.int64, device=self.device)
+        expression, pose, translation = self.tracking(index)
+        return self.avatar(expression, pose, self.frames.camera(index, translation))[1].image
+
     def total_steps(self) -> int:
         """Steps of the whole run if the batch stayed as it is."""
         fit, position = self.config.fit, self.position
@@ -224,14 +215,12 @@ class Fit:
         count = batch_size(fit, position.batch_points)
         if fit.steps_per_epoch is None:
             count = min(count, len(self.frames) - position.epoch_drawn)
-        index = draw_batch(self.config.seed, position, count, len(self.frames)).to(self.device)
+        index = draw_batch(self.config.seed, position.drawn, count, len(self.frames)).to(self.device)
         terms = self._losses(index)
         self.optimizer.zero_grad(set_to_none=True)
         self.tracking_optimizer.zero_grad(set_to_none=True)
         terms["total"].backward()
-        factor = learning_rate_factor(fit, position)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["base_rate"] * factor
+        set_rates(self.optimizer, learning_rate_factor(fit, position))
         self.optimizer.step()
         if fit.tracking_from is not None and position.epoch >= fit.tracking_from:
             self.tracking_optimizer.step()
@@ -285,8 +274,8 @@ class Fit:
         position.fraction = (position.epoch + within) / fit.epochs
 
     def checkpoint(self) -> Checkpoint:
-        tensors = {f"avatar.{name}": value for name, value in self.avatar.state_dict().items()}
-        tensors |= {f"tracking.{name}": value for name, value in self.tracking.state_dict().items()}
+        tensors = with_prefix("avatar", self.avatar.state_dict())
+        tensors |= with_prefix("tracking", self.tracking.state_dict())
         moments, numbers = pack_optimizer("optimizer", self.optimizer)
         sparse_moments, sparse_numbers = pack_optimizer("tracking_optimizer", self.tracking_optimizer)
         values = {
@@ -301,7 +290,7 @@ class Fit:
     def restore(self, checkpoint: Checkpoint) -> None:
         _restore_avatar(self.avatar, checkpoint)
         self.avatar.to(self.device)
-        self.tracking.load_state_dict(_with_prefix(checkpoint.tensors, "tracking."))
+        self.tracking.load_state_dict(below_prefix("tracking", checkpoint.tensors))
         self.optimizer = self._build_optimizer()
         tensors = {name: value.to(self.device) for name, value in checkpoint.tensors.items()}
         unpack_optimizer("optimizer", self.optimizer, tensors, checkpoint.values["optimizer"])
@@ -310,12 +299,8 @@ class Fit:
         self.position = Position(**checkpoint.values["position"])
 
 
-def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
-
-
 def _restore_avatar(avatar: PointAvatar, checkpoint: Checkpoint) -> None:
-    state = _with_prefix(checkpoint.tensors, "avatar.")
+    state = below_prefix("avatar", checkpoint.tensors)
     avatar.set_points(state["points"])
     avatar.load_state_dict(state)
     avatar.radius = checkpoint.values["radius"]
@@ -336,30 +321,5 @@ def fit(
     """
     frames = frames.to(device)
     run = Fit(config, create_avatar(config, head, frames.to(torch.device("cpu"))), frames, device)
-    checkpoints = folder / "checkpoints"
-    found = latest_checkpoint(checkpoints, STAGE)
-    if found:
-        run.restore(found)
-    with Reporter(STAGE, folder, run.position.step) as report:
-        while not run.finished():
-            if should_stop():
-                save_checkpoint(checkpoints, run.checkpoint())
-                raise Stopped
-            terms = run.step()
-            step = run.position.step
-            report.progress(step, run.total_steps(), terms, {"points": run.avatar.num_points})
-            if step % config.fit.log_every == 0:
-                report.scalars(step, terms)
-            if step % config.fit.image_every == 0:
-                report.image(step, frames.image(torch.tensor([0])), _preview(run))
-            if step % config.fit.checkpoint_every == 0 or run.finished():
-                save_checkpoint(checkpoints, run.checkpoint())
+    run_stage(run, config.fit, folder, should_stop)
     return run.avatar
-
-
-@torch.no_grad()
-def _preview(run: Fit) -> Tensor:
-    index = torch.zeros(1, dtype=torch.int64, device=run.device)
-    expression, pose, translation = run.tracking(index)
-    frames = run.frames
-    return run.avatar(expression, pose, frames.camera(index, translation))[1].image

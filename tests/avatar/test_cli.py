@@ -193,7 +193,7 @@ def test_missing_perceptual_weights_are_an_error_with_advice(dataset, tmp_path, 
     def unavailable(**_):
         raise WeightsUnavailable("no weights here")
 
-    monkeypatch.setattr("avatar.stages.fit.VggLoss", unavailable)
+    monkeypatch.setattr("avatar.stages.loop.VggLoss", unavailable)
     command = ["train", str(dataset), "--out", str(tmp_path), "--set", *TINY, "fit.vgg=0.1"]
     assert cli.main(command) == 1
     assert "no weights here; or train without the perceptual loss: --set fit.vgg=0" in error_of(capsys)

@@ -19,9 +19,7 @@ from avatar.presets import make_config
 from avatar.stages.fit import (
     Fit,
     Position,
-    batch_size,
     create_avatar,
-    draw_batch,
     fit,
     flame_weight,
     grow,
@@ -29,6 +27,7 @@ from avatar.stages.fit import (
     load_avatar,
     prune,
 )
+from avatar.stages.loop import batch_size, draw_batch
 
 CPU = torch.device("cpu")
 
@@ -157,10 +156,10 @@ def test_schedules_count_epochs():
 
 
 def test_batches_pass_over_all_frames_and_depend_on_the_place_alone():
-    drawn = torch.cat([draw_batch(0, Position(drawn=start), 3, 6) for start in (0, 3, 6, 9)])
+    drawn = torch.cat([draw_batch(0, start, 3, 6) for start in (0, 3, 6, 9)])
     assert sorted(drawn[:6].tolist()) == sorted(drawn[6:].tolist()) == list(range(6))
-    assert torch.equal(drawn[4:8], draw_batch(0, Position(drawn=4), 4, 6))
-    assert not torch.equal(drawn, torch.cat([draw_batch(1, Position(drawn=0), 12, 6)]))
+    assert torch.equal(drawn[4:8], draw_batch(0, 4, 4, 6))
+    assert not torch.equal(drawn, torch.cat([draw_batch(1, 0, 12, 6)]))
 
 
 def test_an_epoch_is_a_pass_where_no_steps_are_given(avatar, tiny_config, frames):

@@ -1,0 +1,139 @@
+"""What every training stage shares: the loop with its checkpoints and reports, batches, decay."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from avatar.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
+from avatar.config import ReportConfig, ScheduleConfig
+from avatar.data import Frames
+from avatar.errors import AvatarError, Stopped
+from avatar.perceptual import VggLoss, WeightsUnavailable
+from avatar.random import keyed_generator
+from avatar.reporting import Reporter
+
+
+class Stage(ABC):
+    """A stage in training. All it draws and schedules follows from the seed and its step."""
+
+    name: str
+    frames: Frames
+
+    @property
+    @abstractmethod
+    def steps_done(self) -> int: ...
+
+    @abstractmethod
+    def total_steps(self) -> int: ...
+
+    @abstractmethod
+    def step(self) -> dict[str, Tensor]:
+        """One optimisation step; returns the losses."""
+
+    @abstractmethod
+    def preview(self) -> Tensor:
+        """The first training frame as it is drawn now: (1, 3, H, W)."""
+
+    @abstractmethod
+    def checkpoint(self) -> Checkpoint: ...
+
+    @abstractmethod
+    def restore(self, checkpoint: Checkpoint) -> None: ...
+
+    def finished(self) -> bool:
+        return self.steps_done >= self.total_steps()
+
+    def counts(self) -> dict[str, int]:
+        """Numbers to show beside the losses."""
+        return {}
+
+
+def run_stage(stage: Stage, reports: ReportConfig, folder: Path, should_stop: Callable[[], bool]) -> None:
+    """Train to the end, going on from the run folder's last checkpoint of the stage.
+
+    Raises:
+        Stopped: `should_stop` said so; the state is saved.
+    """
+    checkpoints = folder / "checkpoints"
+    found = latest_checkpoint(checkpoints, stage.name)
+    if found:
+        stage.restore(found)
+    with Reporter(stage.name, folder, stage.steps_done) as report:
+        while not stage.finished():
+            if should_stop():
+                save_checkpoint(checkpoints, stage.checkpoint())
+                raise Stopped
+            terms = stage.step()
+            step = stage.steps_done
+            report.progress(step, stage.total_steps(), terms, stage.counts())
+            if step % reports.log_every == 0:
+                report.scalars(step, terms)
+            if step % reports.image_every == 0:
+                with torch.no_grad():
+                    report.image(step, stage.frames.image(torch.tensor([0])), stage.preview())
+            if step % reports.checkpoint_every == 0 or stage.finished():
+                save_checkpoint(checkpoints, stage.checkpoint())
+
+
+def has_finished(folder: Path, stage: str, total_steps: int) -> bool:
+    found = latest_checkpoint(folder / "checkpoints", stage)
+    return found is not None and found.step >= total_steps
+
+
+def draw_batch(seed: int, drawn: int, count: int, frames: int) -> Tensor:
+    """The next `count` frames of an endless row of shuffled passes, of which `drawn` are gone."""
+    index = []
+    for place in range(drawn, drawn + count):
+        turn, within = divmod(place, frames)
+        order = torch.randperm(frames, generator=keyed_generator(seed, "frames", turn))
+        index.append(order[within])
+    return torch.stack(index)
+
+
+def batch_size(schedule: ScheduleConfig, points: int) -> int:
+    return max(1, min(schedule.batch_pixels // points, schedule.batch_max))
+
+
+def schedule_steps(schedule: ScheduleConfig, points: int, frames: int) -> int:
+    per_epoch = schedule.steps_per_epoch
+    if per_epoch is None:
+        per_epoch = math.ceil(frames / batch_size(schedule, points))
+    return schedule.epochs * per_epoch
+
+
+def linear_decay(fraction: float, start: float = 0.5) -> float:
+    """1 up to the fraction `start` of the schedule, then falling to a tenth."""
+    return 1 - 0.9 * max(0.0, (fraction - start) / (1 - start))
+
+
+def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_rate"] * factor
+
+
+def parameter_group(parameters: list[Tensor], rate: float) -> dict:
+    """An optimiser's group that `set_rates` can scale."""
+    return {"params": parameters, "lr": rate, "base_rate": rate}
+
+
+def with_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}.{name}": value for name, value in tensors.items()}
+
+
+def below_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    start = f"{prefix}."
+    return {name[len(start) :]: value for name, value in tensors.items() if name.startswith(start)}
+
+
+def perceptual_loss(option: str, weight: float, size: int | None, device: torch.device) -> VggLoss | None:
+    """The perceptual loss, or None where its weight is 0; `option` names the weight."""
+    if weight == 0:
+        return None
+    try:
+        return VggLoss(size=size).to(device)
+    except WeightsUnavailable as error:
+        raise AvatarError(f"{error}; or train without the perceptual loss: --set {option}=0") from error
