@@ -317,6 +317,8 @@ class RunConfig:
     """Either the head that comes with the package, or an npz file in the FLAME layout."""
     size: int = 512
     seed: int = 0
+    cache_gigabytes: float = 2.0
+    """Memory for what frozen networks give of each frame."""
     point_avatar: PointAvatarConfig = field(default_factory=PointAvatarConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     student: StudentConfig = field(default_factory=StudentConfig)

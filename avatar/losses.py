@@ -15,6 +15,7 @@ EXPRESSION_WEIGHT = 1000.0
 POSE_WEIGHT = 1000.0
 SKINNING_WEIGHT = 0.1
 VARIANCE_SHARE = 50.0
+EIKONAL_RANGE = 0.25
 
 
 def rgb(image: Tensor, target: Tensor) -> Tensor:
@@ -35,6 +36,25 @@ def surface(sdf: Tensor) -> Tensor:
 def eikonal(gradient: Tensor) -> Tensor:
     """A distance grows at rate one: mean (|gradient| - 1)^2 over samples (N, 3)."""
     return ((gradient.norm(dim=-1) - 1) ** 2).mean()
+
+
+def eikonal_samples(
+    avatar: PointAvatar, at_points: Tensor, count: int | None, generator: torch.Generator
+) -> Tensor:
+    """Gradients of the distance at the points and as many within +- 0.25 of them, or at a draw of both.
+
+    Args:
+        at_points: (N, 3), known gradients at all points.
+        count: gradients wanted, None for 2 N.
+        generator: on the CPU.
+    """
+    near = avatar.points.detach()
+    if count is not None:
+        chosen = torch.randint(len(near), (max(1, count // 2),), generator=generator).to(near.device)
+        near, at_points = near[chosen], at_points[chosen]
+    noise = (torch.rand(near.shape, generator=generator) * 2 - 1) * EIKONAL_RANGE
+    _, beside = avatar.sdf_and_gradient(near + noise.to(near.device))
+    return torch.cat([at_points, beside])
 
 
 def flame(avatar: PointAvatar, fields: Fields) -> Tensor:

@@ -31,7 +31,6 @@ from avatar.stages.loop import (
 
 STAGE = "fit"
 MILESTONES = (40, 60)
-EIKONAL_RANGE = 0.25
 
 
 @dataclass
@@ -229,35 +228,28 @@ class Fit(Stage):
 
     def _losses(self, index: Tensor) -> dict[str, Tensor]:
         fit, position, avatar = self.config.fit, self.position, self.avatar
-        frames, seed = self.frames, self.config.seed
+        frames = self.frames
         expression, pose, translation = self.tracking(index)
         points, splats = avatar(expression, pose, frames.camera(index, translation))
         avatar.note_visible(splats)
         target = frames.image(index)
+        near = losses.eikonal_samples(
+            avatar,
+            points.sdf_gradient,
+            fit.eikonal_samples,
+            keyed_generator(self.config.seed, "eikonal", position.step),
+        )
         terms = {
             "rgb": fit.rgb * losses.rgb(splats.image, target),
             "mask": fit.mask * losses.mask(splats.mask, frames.matte(index)),
             "surface": fit.surface * losses.surface(points.sdf),
-            "eikonal": fit.eikonal * losses.eikonal(self._eikonal_gradient(points.sdf_gradient, seed)),
+            "eikonal": fit.eikonal * losses.eikonal(near),
             "flame": flame_weight(fit, position.epoch) * losses.flame(avatar, points.fields),
         }
         if self.perceptual and position.epoch >= fit.vgg_from and position.step % fit.vgg_every == 0:
             terms["vgg"] = fit.vgg * fit.vgg_every * self.perceptual(splats.image, target)
         terms["total"] = torch.stack(list(terms.values())).sum()
         return terms
-
-    def _eikonal_gradient(self, at_points: Tensor, seed: int) -> Tensor:
-        """Gradients at the points and as many beside them, or at a draw of both."""
-        avatar = self.avatar
-        generator = keyed_generator(seed, "eikonal", self.position.step)
-        near = avatar.points.detach()
-        if self.config.fit.eikonal_samples is not None:
-            half = max(1, self.config.fit.eikonal_samples // 2)
-            chosen = torch.randint(len(near), (half,), generator=generator).to(self.device)
-            near, at_points = near[chosen], at_points[chosen]
-        noise = (torch.rand(near.shape, generator=generator) * 2 - 1) * EIKONAL_RANGE
-        _, beside = avatar.sdf_and_gradient(near + noise.to(self.device))
-        return torch.cat([at_points, beside])
 
     def _advance(self, count: int) -> None:
         fit, position = self.config.fit, self.position

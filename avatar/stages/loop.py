@@ -79,9 +79,33 @@ def run_stage(stage: Stage, reports: ReportConfig, folder: Path, should_stop: Ca
                 save_checkpoint(checkpoints, stage.checkpoint())
 
 
-def has_finished(folder: Path, stage: str, total_steps: int) -> bool:
-    found = latest_checkpoint(folder / "checkpoints", stage)
-    return found is not None and found.step >= total_steps
+class FrameCache:
+    """Keeps what is computed of each frame by parts that do not change, as far as memory allows.
+
+    Args:
+        gigabytes: kept at most; frames beyond are computed again each time.
+    """
+
+    def __init__(self, gigabytes: float):
+        self.left = gigabytes * 1e9
+        self.entries: dict[int, dict[str, Tensor]] = {}
+
+    def batch(self, index: Tensor, make: Callable[[Tensor], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Entries of frames (B,), joined; `make` computes that of a frame (1,), tensors of batch size 1."""
+        entries = [self._entry(frame, make) for frame in index.split(1)]
+        if len(entries) == 1:
+            return entries[0]
+        return {name: torch.cat([entry[name] for entry in entries]) for name in entries[0]}
+
+    def _entry(self, frame: Tensor, make: Callable[[Tensor], dict[str, Tensor]]) -> dict[str, Tensor]:
+        found = self.entries.get(int(frame))
+        if found is None:
+            found = make(frame)
+            size = sum(tensor.nbytes for tensor in found.values())
+            if size <= self.left:
+                self.left -= size
+                self.entries[int(frame)] = found
+        return found
 
 
 def draw_batch(seed: int, drawn: int, count: int, frames: int) -> Tensor:
