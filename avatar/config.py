@@ -115,6 +115,8 @@ class PointFeaturesConfig:
     randla_neighbors: int = 16
     randla_ratio: int = 4
     """Points of a level over points of the next."""
+    randla_last_ratio: int | None = None
+    """That of the last level, where it differs: 2 in the published networks of five levels."""
     gcn_widths: tuple[int, ...] = (64, 64, 128)
     gcn_neighbors: int = 20
     gcn_output: int | None = 256
@@ -123,6 +125,10 @@ class PointFeaturesConfig:
     """Level of RandLA-Net's pyramid the EdgeConv layers work on; their features are copied up from there."""
     norm_momentum: float = 0.01
     """Of RandLA-Net's batch normalisation."""
+
+    def randla_ratios(self) -> tuple[int, ...]:
+        last = self.randla_ratio if self.randla_last_ratio is None else self.randla_last_ratio
+        return (self.randla_ratio,) * (len(self.randla_widths) - 1) + (last,)
 
 
 @dataclass(frozen=True)

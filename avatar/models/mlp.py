@@ -127,3 +127,10 @@ def parameter_count(module: nn.Module, *, gains: bool = False) -> int:
         for name, parameter in module.named_parameters()
         if gains or not name.endswith("parametrizations.weight.original0")
     )
+
+
+def linear_macs(module: nn.Module) -> int:
+    """Multiply-accumulates of calling every linear layer of a module once, on one row."""
+    return sum(
+        layer.in_features * layer.out_features for layer in module.modules() if isinstance(layer, nn.Linear)
+    )

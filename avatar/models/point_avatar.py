@@ -13,7 +13,7 @@ import avatar_ops
 from avatar.camera import Camera
 from avatar.config import PointAvatarConfig
 from avatar.head.model import HeadModel, apply_transforms, blend_transforms
-from avatar.models.mlp import DeformerNetwork, SdfNetwork, TextureNetwork
+from avatar.models.mlp import DeformerNetwork, SdfNetwork, TextureNetwork, linear_macs
 from avatar.splatting import Splats, draw_points
 
 SKINNING_GAIN = 20.0
@@ -157,6 +157,11 @@ class PointAvatar(nn.Module):
     @property
     def num_points(self) -> int:
         return len(self.points)
+
+    def macs(self, num_points: int) -> dict[str, int]:
+        """Multiply-accumulates of one pass of each network over the points; derivatives take more."""
+        parts = {"sdf": self.sdf, "deformer": self.deformer, "texture": self.texture}
+        return {name: num_points * linear_macs(part) for name, part in parts.items()}
 
     def sdf_and_gradient(self, points: Tensor) -> tuple[Tensor, Tensor]:
         """SDF network outputs (N, 4) and the gradient of the distance (N, 3), itself differentiable."""
