@@ -74,12 +74,14 @@ class Distillation(Stage):
         self.cache = FrameCache(config.cache_gigabytes)
         options, student = config.distill, model.student
         fused = options.ce_features == "fused"
-        features = teacher.teacher.feature_channels if fused else teacher.teacher.point_channels
+        network = teacher.teacher
+        features = network.fusion.out_channels if fused else network.features.out_channels
+        width = student.fusion.out_channels
         generator = keyed_generator(config.seed, "projection")
         # Brings the student's features to the teacher's width; used in training only.
-        self.projection = nn.Linear(student.feature_channels, features).to(device)
+        self.projection = nn.Linear(width, features).to(device)
         with torch.no_grad():
-            bound = student.feature_channels**-0.5
+            bound = width**-0.5
             for value in self.projection.parameters():
                 value.copy_((torch.rand(value.shape, generator=generator) * 2 - 1) * bound)
         self.optimizer = self._build_optimizer()

@@ -108,12 +108,12 @@ class FrameCache:
         return found
 
 
-def draw_batch(seed: int, drawn: int, count: int, frames: int) -> Tensor:
+def draw_batch(seed: int, drawn: int, count: int, frames: int, purpose: str = "frames") -> Tensor:
     """The next `count` frames of an endless row of shuffled passes, of which `drawn` are gone."""
     index = []
     for place in range(drawn, drawn + count):
         turn, within = divmod(place, frames)
-        order = torch.randperm(frames, generator=keyed_generator(seed, "frames", turn))
+        order = torch.randperm(frames, generator=keyed_generator(seed, purpose, turn))
         index.append(order[within])
     return torch.stack(index)
 
