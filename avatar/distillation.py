@@ -3,7 +3,8 @@
 Eq. 10, the perceptual loss, is perceptual.VggLoss with the teacher's image as its target. No loss has a
 gradient in what the teacher gives. Points are posed, in head units (the head enlarged as in head/model.py).
 
-The readings of eq. 3 and 4 are ours: the paper names the divergence, not how clouds become distributions.
+Source: "Efficient Realistic Avatar Generation via Model Compression and Enhanced Rendering", section 3.2 and
+3.5. The readings of eq. 3 and 4 are ours: it names the divergence, not how clouds become distributions.
 """
 
 import torch
