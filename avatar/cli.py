@@ -1,14 +1,10 @@
 """The command line; config.py holds the sub-commands' options."""
 
-import json
-import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 import tyro
@@ -16,29 +12,29 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from avatar.camera import Camera
-from avatar.checkpoint import write_json
 from avatar.commands import DemoCommand, EvaluateCommand, TrainCommand
-from avatar.config import STAGES, RunConfig
-from avatar.data import load_frames
+from avatar.config import STAGES
 from avatar.errors import AvatarError, Stopped
-from avatar.evaluate import METRICS, Evaluation, evaluate_model, write_comparison, write_metrics
-from avatar.head import HeadModel, embedded_head, load_head
-from avatar.presets import differences, from_json, make_config, to_json
+from avatar.evaluate import METRICS, Evaluation, write_comparison
+from avatar.presets import make_config
 from avatar.reporting import console
-from avatar.stages import fit as fit_stage
+from avatar.run import EMBEDDED, Run, evaluate, read_config, train
 
-EMBEDDED = "embedded"
-EMBEDDED_SUBJECT = Path(__file__).parent / "assets" / "subject"
-CONFIG = "config.json"
 PICTURE = "demo.png"
-MODEL_LABELS = {"point_avatar": "point avatar"}
+MODEL_LABELS = {
+    "point_avatar": "point avatar",
+    "teacher": "teacher",
+    "student": "student",
+    "full": "full method",
+}
+SHOWN = ("point_avatar", "student", "full")
 
 
 def run_train(command: TrainCommand) -> None:
     wanted = parse_stages(command.stages)
     config = make_config(str(command.data.resolve()), command.preset, command.seed, command.set)
-    train(config, command.out, wanted, choose_device(command.device))
+    with stop_on_signal() as should_stop:
+        train(Run(command.out, config, choose_device(command.device)), wanted, should_stop)
     print(f"trained {', '.join(wanted)}: {command.out}")
 
 
@@ -46,18 +42,19 @@ def run_evaluate(command: EvaluateCommand) -> None:
     config = read_config(command.run)
     if command.data is not None:
         config = replace(config, data=str(command.data))
-    evaluations, _ = evaluate(config, command.run, command.split, choose_device(command.device))
+    evaluations, _ = evaluate(Run(command.run, config, choose_device(command.device)), command.split)
     print_table(evaluations, command.split)
     print(f"wrote {command.run / METRICS}")
 
 
 def run_demo(command: DemoCommand) -> None:
-    device = choose_device(command.device)
     config = make_config(EMBEDDED, "small", command.seed, command.set)
-    train(config, command.out, STAGES, device)
-    evaluations, truth = evaluate(config, command.out, "test", device)
+    run = Run(command.out, config, choose_device(command.device))
+    with stop_on_signal() as should_stop:
+        train(run, STAGES, should_stop)
+    evaluations, truth = evaluate(run, "test")
     rows = {"truth": truth}
-    rows |= {MODEL_LABELS[name]: evaluation.images for name, evaluation in evaluations.items()}
+    rows |= {MODEL_LABELS[name]: evaluations[name].images for name in SHOWN if name in evaluations}
     write_comparison(command.out / PICTURE, rows)
     print_table(evaluations, "test")
     print(f"wrote {command.out / METRICS} and {command.out / PICTURE}")
@@ -89,64 +86,6 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def data_folder(config: RunConfig) -> Path:
-    return EMBEDDED_SUBJECT if config.data == EMBEDDED else Path(config.data)
-
-
-def head_of(config: RunConfig) -> HeadModel:
-    return embedded_head() if config.head == EMBEDDED else load_head(Path(config.head))
-
-
-def read_config(folder: Path) -> RunConfig:
-    path = folder / CONFIG
-    try:
-        return from_json(json.loads(path.read_text()), str(path))
-    except (OSError, ValueError) as error:
-        raise AvatarError(
-            f"{path}: {getattr(error, 'strerror', None) or error} (is {folder} a run folder?)"
-        ) from error
-
-
-def claim_folder(folder: Path, config: RunConfig) -> None:
-    """Write the run's config.json, or make sure that the one there says the same."""
-    path, content = folder / CONFIG, to_json(config)
-    if path.exists():
-        found = differences(to_json(read_config(folder)), content)
-        if found:
-            raise AvatarError(f"{folder}: was trained with another configuration: {'; '.join(found)}")
-        return
-    if any((folder / "checkpoints").glob("*")):
-        raise AvatarError(f"{folder}: holds checkpoints but no {CONFIG} that says what they are of")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(path, content)
-    except OSError as error:
-        raise AvatarError(f"--out {folder}: {error.strerror}") from error
-
-
-def train(config: RunConfig, folder: Path, stages: tuple[str, ...], device: torch.device) -> None:
-    frames = load_frames(data_folder(config), "train", config.size)
-    claim_folder(folder, config)
-    with stop_on_signal() as should_stop, reproducible():
-        if "fit" in stages:
-            fit_stage.fit(config, head_of(config), frames, folder, device, should_stop)
-
-
-def evaluate(
-    config: RunConfig, folder: Path, split: str, device: torch.device
-) -> tuple[dict[str, Evaluation], torch.Tensor]:
-    """Evaluate every trained model of a run; returns the evaluations and the true frames."""
-    avatar = fit_stage.load_avatar(folder, config, head_of(config)).to(device)
-    frames = load_frames(data_folder(config), split, config.size).to(device)
-
-    def draw(expression: torch.Tensor, pose: torch.Tensor, camera: Camera) -> torch.Tensor:
-        return avatar(expression, pose, camera)[1].image
-
-    evaluations = {"point_avatar": evaluate_model(draw, frames, config.evaluate)}
-    write_metrics(folder, split, len(frames), evaluations)
-    return evaluations, frames.image(torch.arange(len(frames), device=device)).cpu()
-
-
 def print_table(evaluations: dict[str, Evaluation], split: str) -> None:
     table = Table(title=f"held-out frames ({split})" if split == "test" else f"{split} frames")
     table.add_column("model")
@@ -163,20 +102,6 @@ def print_table(evaluations: dict[str, Evaluation], split: str) -> None:
                     label, *("-" if value is None else f"{value:.{digits}f}" for value, digits in cells)
                 )
     Console(highlight=False).print(table)
-
-
-@contextmanager
-def reproducible() -> Iterator[None]:
-    """Deterministic kernels while training: a resumed run then equals an undisturbed one bit for bit."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0])
-        torch.utils.deterministic.fill_uninitialized_memory = before[1]
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Preset = Literal["small", "paper"]
-STAGES = ("fit",)
+STAGES = ("fit", "teacher", "distill", "adversarial")
 
 
 @dataclass(frozen=True)

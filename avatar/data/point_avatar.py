@@ -1,6 +1,6 @@
 """Reader of the PointAvatar dataset layout.
 
-ROOT/SUBJECT/SUBJECT/VIDEO/{image,mask,semantic}/K.png    (K from 1; semantic is optional)
+ROOT/SUBJECT/SUBJECT/VIDEO/{image,mask,semantic,enhanced}/K.png    (K from 1; the last two are optional)
 ROOT/SUBJECT/SUBJECT/VIDEO/flame_params.json
     frames: [{file_path "./image/K", world_mat 3 x 4, expression, pose 15, bbox 4, flame_keypoints}]
     intrinsics [-f_x, f_y, c_x, c_y] relative to the image, shape_params
@@ -40,6 +40,7 @@ class Frames:
     translation: Tensor  # (F, 3)
     intrinsics: Tensor  # (F, 4)
     shape: Tensor  # (S,)
+    enhanced: Tensor | None = None  # (F, 3, H', W') uint8, super-resolved frames on white
 
     def __len__(self) -> int:
         return len(self.names)
@@ -105,13 +106,13 @@ def split_videos(root: Path, split: str) -> list[Path]:
     return chosen
 
 
-def load_frames(root: Path, split: str, size: int) -> Frames:
-    """Read a split at `size` x `size`.
+def load_frames(root: Path, split: str, size: int, *, enhanced: bool = False) -> Frames:
+    """Read a split at `size` x `size`; the super-resolved frames, if asked for, at the size they have.
 
     Raises:
         AvatarError: naming the file, the frame and the field that is missing or wrong.
     """
-    parts = [_load_video(video, size) for video in split_videos(Path(root), split)]
+    parts = [_load_video(video, size, enhanced) for video in split_videos(Path(root), split)]
     labels = [part.labels for part in parts]
     tensors = {
         name: torch.cat([getattr(part, name) for part in parts])
@@ -121,11 +122,12 @@ def load_frames(root: Path, split: str, size: int) -> Frames:
         names=[name for part in parts for name in part.names],
         labels=None if any(label is None for label in labels) else torch.cat(labels),
         shape=parts[0].shape,
+        enhanced=torch.cat([part.enhanced for part in parts]) if enhanced else None,
         **tensors,
     )
 
 
-def _load_video(video: Path, size: int) -> Frames:
+def _load_video(video: Path, size: int, enhanced: bool) -> Frames:
     path = video / PARAMETERS
     try:
         content = json.loads(path.read_text())
@@ -139,7 +141,7 @@ def _load_video(video: Path, size: int) -> Frames:
     if not content["frames"]:
         raise AvatarError(f"{path}: 'frames' is empty")
 
-    names, images, mattes, labels = [], [], [], []
+    names, images, mattes, labels, large = [], [], [], [], []
     rows: dict[str, list[Tensor]] = {"expression": [], "pose": [], "translation": []}
     with_labels = (video / "semantic").is_dir()
     expected = len(content["frames"][0].get("expression", [])) or None
@@ -162,6 +164,8 @@ def _load_video(video: Path, size: int) -> Frames:
         opacity = matte / 255
         images.append(_to_bytes(resize(image * opacity + 255 * (1 - opacity), size)))
         mattes.append(_to_bytes(resize(matte, size)))
+        if enhanced:
+            large.append(_enhanced_image(video / "enhanced" / f"{name}.png", opacity))
         if with_labels:
             label = _read_image(video / "semantic" / f"{name}.png", "L")
             labels.append(F.interpolate(label[None], (size, size), mode="nearest-exact")[0].to(torch.uint8))
@@ -172,8 +176,16 @@ def _load_video(video: Path, size: int) -> Frames:
         labels=torch.stack(labels) if with_labels else None,
         intrinsics=intrinsics.expand(len(names), 4),
         shape=shape,
+        enhanced=torch.stack(large) if enhanced else None,
         **{field: torch.stack(values) for field, values in rows.items()},
     )
+
+
+def _enhanced_image(path: Path, opacity: Tensor) -> Tensor:
+    """A super-resolved frame on white, with the matte of the frame itself enlarged."""
+    image = _read_image(path, "RGB")
+    opacity = F.interpolate(opacity[None], image.shape[1:], mode="bilinear", align_corners=False)[0]
+    return _to_bytes(image * opacity + 255 * (1 - opacity))
 
 
 def resize(image: Tensor, size: int) -> Tensor:

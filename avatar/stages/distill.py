@@ -70,7 +70,7 @@ class Distillation(Stage):
     ):
         self.config, self.teacher, self.model, self.frames = config, teacher, model, frames
         self.device = device
-        self.images = branch_images(config, frames)
+        self.images = branch_images(frames)
         self.cache = FrameCache(config.cache_gigabytes)
         options, student = config.distill, model.student
         fused = options.ce_features == "fused"

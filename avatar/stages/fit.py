@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from avatar import losses
+from avatar.camera import Camera
 from avatar.checkpoint import Checkpoint, latest_checkpoint, pack_optimizer, unpack_optimizer
 from avatar.config import FitConfig, RunConfig
 from avatar.data import Frames
@@ -315,3 +316,10 @@ def fit(
     run = Fit(config, create_avatar(config, head, frames.to(torch.device("cpu"))), frames, device)
     run_stage(run, config.fit, folder, should_stop)
     return run.avatar
+
+
+def draw_avatar(avatar: PointAvatar) -> Callable[[Tensor, Tensor, Camera], Tensor]:
+    def draw(expression: Tensor, pose: Tensor, camera: Camera) -> Tensor:
+        return avatar(expression, pose, camera)[1].image
+
+    return draw

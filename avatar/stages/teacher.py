@@ -71,13 +71,9 @@ class NearestFrames:
         return self.images[torch.cdist(wanted, self.coordinates).argmin(1)].float() / 255
 
 
-def branch_images(config: RunConfig, frames: Frames) -> Tensor:
+def branch_images(frames: Frames) -> Tensor:
     """What the image branch sees of each frame: (F, 3, H, W) uint8."""
-    if config.teacher.image == "frame":
-        return frames.images
-    if frames.enhanced is None:
-        raise AvatarError(f"{config.data}: has no folder 'enhanced', which teacher.image=enhanced wants")
-    return frames.enhanced
+    return frames.images if frames.enhanced is None else frames.enhanced
 
 
 class TeacherTraining(Stage):
@@ -85,7 +81,7 @@ class TeacherTraining(Stage):
 
     def __init__(self, config: RunConfig, model: TeacherModel, frames: Frames, device: torch.device):
         self.config, self.model, self.frames, self.device = config, model, frames, device
-        self.images = branch_images(config, frames)
+        self.images = branch_images(frames)
         options = config.teacher_training
         self.optimizer = torch.optim.Adam([parameter_group(list(model.teacher.parameters()), options.rate)])
         self.perceptual = perceptual_loss("teacher_training.vgg", options.vgg, options.vgg_size, device)

@@ -1,0 +1,135 @@
+"""A run folder: its configuration, its stages in order and its trained models."""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from avatar.checkpoint import list_checkpoints, write_json
+from avatar.config import STAGES, RunConfig
+from avatar.data import Frames, load_frames
+from avatar.errors import AvatarError
+from avatar.evaluate import Draw, Evaluation, evaluate_model, write_metrics
+from avatar.head import HeadModel, embedded_head, load_head
+from avatar.presets import differences, from_json, to_json
+from avatar.stages.adversarial import draw_full, load_renderer, train_adversarial
+from avatar.stages.distill import distill, draw_student, load_student
+from avatar.stages.fit import draw_avatar, fit, load_avatar
+from avatar.stages.teacher import NearestFrames, branch_images, draw_teacher, load_teacher, train_teacher
+
+EMBEDDED = "embedded"
+EMBEDDED_SUBJECT = Path(__file__).parent / "assets" / "subject"
+CONFIG = "config.json"
+TRAINERS = dict(zip(STAGES, (fit, train_teacher, distill, train_adversarial), strict=True))
+
+
+@dataclass
+class Run:
+    """A run folder and what it was, or is to be, trained with."""
+
+    folder: Path
+    config: RunConfig
+    device: torch.device
+
+    def head(self) -> HeadModel:
+        name = self.config.head
+        return embedded_head() if name == EMBEDDED else load_head(Path(name))
+
+    def frames(self, split: str) -> Frames:
+        config = self.config
+        root = EMBEDDED_SUBJECT if config.data == EMBEDDED else Path(config.data)
+        return load_frames(
+            root, split, config.size, enhanced=split == "train" and config.teacher.image == "enhanced"
+        )
+
+    def stages_done(self) -> list[str]:
+        """Stages that have left a checkpoint, in order."""
+        return [stage for stage in STAGES if list_checkpoints(self.folder / "checkpoints", stage)]
+
+
+def read_config(folder: Path) -> RunConfig:
+    path = folder / CONFIG
+    try:
+        return from_json(json.loads(path.read_text()), str(path))
+    except (OSError, ValueError) as error:
+        raise AvatarError(
+            f"{path}: {getattr(error, 'strerror', None) or error} (is {folder} a run folder?)"
+        ) from error
+
+
+def claim_folder(folder: Path, config: RunConfig) -> None:
+    """Write the run's config.json, or make sure that the one there says the same."""
+    path, content = folder / CONFIG, to_json(config)
+    if path.exists():
+        found = differences(to_json(read_config(folder)), content)
+        if found:
+            raise AvatarError(f"{folder}: was trained with another configuration: {'; '.join(found)}")
+        return
+    if any((folder / "checkpoints").glob("*")):
+        raise AvatarError(f"{folder}: holds checkpoints but no {CONFIG} that says what they are of")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(path, content)
+    except OSError as error:
+        raise AvatarError(f"--out {folder}: {error.strerror}") from error
+
+
+def train(run: Run, stages: tuple[str, ...], should_stop: Callable[[], bool] = lambda: False) -> None:
+    """Train the stages in order, each going on from its last checkpoint.
+
+    Raises:
+        Stopped: `should_stop` said so; the state is saved.
+    """
+    frames = run.frames("train")
+    claim_folder(run.folder, run.config)
+    with reproducible():
+        for stage in stages:
+            TRAINERS[stage](run.config, run.head(), frames, run.folder, run.device, should_stop)
+
+
+def trained_models(run: Run) -> dict[str, Draw]:
+    """What draws frames for every model of a run, by its name in metrics.json."""
+    config, head, folder, device = run.config, run.head(), run.folder, run.device
+    done = run.stages_done()
+    if "fit" not in done:
+        raise AvatarError(f"{folder}: holds no checkpoint of the stage 'fit'; train it first")
+    models = {"point_avatar": draw_avatar(load_avatar(folder, config, head).to(device))}
+    if "teacher" in done:
+        frames = run.frames("train").to(device)
+        nearest = NearestFrames(frames, branch_images(frames))
+        models["teacher"] = draw_teacher(load_teacher(folder, config, head, device), nearest)
+    if "adversarial" in done:
+        student, renderer = load_renderer(folder, config, head, device)
+        models["student"] = draw_student(student)
+        models["full"] = draw_full(student, renderer)
+    elif "distill" in done:
+        models["student"] = draw_student(load_student(folder, config, head, device))
+    return models
+
+
+def evaluate(run: Run, split: str) -> tuple[dict[str, Evaluation], torch.Tensor]:
+    """Evaluate every trained model and write metrics.json; returns the evaluations and the true frames."""
+    models = trained_models(run)
+    frames = run.frames(split).to(run.device)
+    options = run.config.evaluate
+    evaluations = {name: evaluate_model(draw, frames, options, name) for name, draw in models.items()}
+    write_metrics(run.folder, split, len(frames), evaluations)
+    return evaluations, frames.image(torch.arange(len(frames), device=run.device)).cpu()
+
+
+@contextmanager
+def reproducible() -> Iterator[None]:
+    """Deterministic kernels while training: a resumed run then equals an undisturbed one bit for bit."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.utils.deterministic.fill_uninitialized_memory = before[1]
