@@ -6,6 +6,7 @@ initialisation is Atzmon and Lipman, SAL, CVPR 2020.
 
 import itertools
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +41,11 @@ def zero_linear(inputs: int, outputs: int) -> nn.Linear:
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
+
+
+def linear_layers(sizes: Sequence[int]) -> nn.ModuleList:
+    """Linear layers from each size to the next."""
+    return nn.ModuleList(nn.Linear(*pair) for pair in itertools.pairwise(sizes))
 
 
 class SdfNetwork(nn.Module):

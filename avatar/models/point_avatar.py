@@ -158,10 +158,13 @@ class PointAvatar(nn.Module):
     def num_points(self) -> int:
         return len(self.points)
 
+    def parts(self) -> dict[str, nn.Module]:
+        """The networks by the names `macs` counts them under."""
+        return {"sdf": self.sdf, "deformer": self.deformer, "texture": self.texture}
+
     def macs(self, num_points: int) -> dict[str, int]:
         """Multiply-accumulates of one pass of each network over the points; derivatives take more."""
-        parts = {"sdf": self.sdf, "deformer": self.deformer, "texture": self.texture}
-        return {name: num_points * linear_macs(part) for name, part in parts.items()}
+        return {name: num_points * linear_macs(part) for name, part in self.parts().items()}
 
     def sdf_and_gradient(self, points: Tensor) -> tuple[Tensor, Tensor]:
         """SDF network outputs (N, 4) and the gradient of the distance (N, 3), itself differentiable."""
