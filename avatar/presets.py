@@ -4,9 +4,25 @@ import dataclasses
 import json
 import types
 import typing
+from dataclasses import replace
 from typing import Any, Literal
 
-from avatar.config import EvaluateConfig, FitConfig, PointAvatarConfig, Preset, RunConfig
+from avatar.config import (
+    AdversarialConfig,
+    DiscriminatorConfig,
+    DistillConfig,
+    EvaluateConfig,
+    FitConfig,
+    GeneratorConfig,
+    InverterConfig,
+    PointAvatarConfig,
+    PointFeaturesConfig,
+    Preset,
+    RunConfig,
+    StudentConfig,
+    TeacherConfig,
+    TeacherTrainingConfig,
+)
 from avatar.errors import AvatarError
 
 SMALL_POINT_AVATAR = PointAvatarConfig(
@@ -47,6 +63,86 @@ SMALL_FIT = FitConfig(
     log_every=10,
 )
 
+SMALL_TEACHER = TeacherConfig(
+    features=PointFeaturesConfig(
+        randla_widths=(16, 32, 64, 128),
+        randla_neighbors=12,
+        gcn_widths=(32, 32),
+        gcn_neighbors=16,
+        gcn_output=64,
+        norm_momentum=0.1,
+    ),
+    resnet="resnet18",
+    image_widths=(128, 64),
+    fusion_widths=(96, 64),
+    head_widths=(64,),
+    latent_width=256,
+)
+SMALL_STUDENT = StudentConfig(
+    avatar=replace(
+        SMALL_POINT_AVATAR,
+        sdf_width=48,
+        sdf_layers=5,
+        sdf_skip=5,
+        deformer_width=32,
+        deformer_layers=3,
+        texture_widths=(32,),
+    ),
+    features=PointFeaturesConfig(
+        randla_widths=(8, 16, 32, 48),
+        randla_neighbors=8,
+        gcn_widths=(32, 32),
+        gcn_neighbors=8,
+        gcn_output=None,
+        gcn_level=1,
+        norm_momentum=0.1,
+    ),
+    fusion_widths=(32, 32),
+    latent_width=256,
+)
+SMALL_GENERATOR = GeneratorConfig(channel_base=4096, channel_max=128, latent_size=256, style_size=256)
+SMALL_TEACHER_TRAINING = TeacherTrainingConfig(
+    epochs=3,
+    steps_per_epoch=50,
+    batch_max=1,
+    decay="linear",
+    vgg_size=None,
+    vgg_every=2,
+    checkpoint_every=50,
+    image_every=50,
+    log_every=10,
+)
+SMALL_DISTILL = DistillConfig(
+    epochs=6,
+    steps_per_epoch=50,
+    batch_max=1,
+    decay="linear",
+    rate=4e-3,
+    point_rate=5e-4,
+    kl_anchors=256,
+    kl_points=2048,
+    match=1.0,
+    vgg_size=None,
+    vgg_every=2,
+    eikonal_samples=1000,
+    checkpoint_every=50,
+    image_every=100,
+    log_every=10,
+)
+SMALL_ADVERSARIAL = AdversarialConfig(
+    pretrain_steps=400,
+    rounds=2,
+    optimization_steps=50,
+    rendering_steps=50,
+    batch=1,
+    decay="linear",
+    generator_rate=0.004,
+    ema_images=30.0,
+    checkpoint_every=50,
+    image_every=100,
+    log_every=10,
+)
+
 
 def make_config(data: str, preset: Preset, seed: int = 0, overrides: tuple[str, ...] = ()) -> RunConfig:
     """A preset's configuration with `NAME=VALUE` overrides, names dotted as in `fit.epochs`."""
@@ -55,7 +151,15 @@ def make_config(data: str, preset: Preset, seed: int = 0, overrides: tuple[str, 
             data=data,
             size=128,
             point_avatar=SMALL_POINT_AVATAR,
+            teacher=SMALL_TEACHER,
+            student=SMALL_STUDENT,
+            generator=SMALL_GENERATOR,
+            discriminator=DiscriminatorConfig(channel_base=4096, channel_max=128),
+            inverter=InverterConfig(mapping_width=256),
             fit=SMALL_FIT,
+            teacher_training=SMALL_TEACHER_TRAINING,
+            distill=SMALL_DISTILL,
+            adversarial=SMALL_ADVERSARIAL,
             evaluate=EvaluateConfig(refine_steps=0, open_image=False),
         )
     else:
