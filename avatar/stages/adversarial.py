@@ -289,7 +289,7 @@ class Adversarial(Stage):
         tensors = self.model.tensors() | with_prefix("networks", self.networks.state_dict())
         values = student_values(self.model, self.frames)
         for name, optimizer in self.optimizers.items():
-            moments, values[name] = pack_optimizer(name, optimizer)
+            moments, values[name] = pack_optimizer(f"optimizer.{name}", optimizer)
             tensors |= moments
         return Checkpoint(STAGE, self.done, tensors, values)
 
@@ -298,7 +298,7 @@ class Adversarial(Stage):
         self.networks.load_state_dict(below_prefix("networks", checkpoint.tensors))
         tensors = {name: value.to(self.device) for name, value in checkpoint.tensors.items()}
         for name, optimizer in self.optimizers.items():
-            unpack_optimizer(name, optimizer, tensors, checkpoint.values[name])
+            unpack_optimizer(f"optimizer.{name}", optimizer, tensors, checkpoint.values[name])
         self.done = checkpoint.step
 
 
