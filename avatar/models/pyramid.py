@@ -59,9 +59,6 @@ def normalize_rms(x: Tensor) -> Tensor:
 
 
 def check_images(name: str, images: Tensor, channels: int, size: int) -> None:
-    """
-    Raises:
-        ValueError: not (B, channels, size, size).
-    """
+    """Raises ValueError, with the argument's name, unless images are (B, channels, size, size)."""
     if images.dim() != 4 or images.shape[1:] != (channels, size, size):
         raise ValueError(f"{name}: got shape {tuple(images.shape)}, expected (B, {channels}, {size}, {size})")
