@@ -18,7 +18,7 @@ from avatar.camera import Camera
 from avatar.checkpoint import write_bytes, write_json
 from avatar.config import EvaluateConfig
 from avatar.data import Frames
-from avatar.perceptual import WeightsUnavailable
+from avatar.imagenet_weights import WeightsUnavailable
 from avatar.reporting import console
 
 METRICS = "metrics.json"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from avatar.perceptual import ALEXNET, VGG16, load_convolutions
+from avatar.imagenet_weights import ALEXNET, VGG16, load_convolutions
 
 CLOTH_LABELS = (15, 16)
 SSIM_WINDOW = 11
@@ -109,7 +109,7 @@ class Lpips(nn.Module):
         net: "alex", the one that tables report, or "vgg".
 
     Raises:
-        ValueError: an unknown net.   WeightsUnavailable: see avatar.perceptual.load_convolutions.
+        ValueError: an unknown net.   WeightsUnavailable: see avatar.imagenet_weights.load_convolutions.
 
     Source: Zhang et al., The Unreasonable Effectiveness of Deep Features as a Perceptual Metric, CVPR 2018.
     """

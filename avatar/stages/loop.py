@@ -12,7 +12,8 @@ from avatar.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
 from avatar.config import ReportConfig, ScheduleConfig
 from avatar.data import Frames
 from avatar.errors import AvatarError, Stopped
-from avatar.perceptual import VggLoss, WeightsUnavailable
+from avatar.imagenet_weights import WeightsUnavailable
+from avatar.perceptual import VggLoss
 from avatar.random import keyed_generator
 from avatar.reporting import Reporter
 

@@ -12,7 +12,7 @@ from avatar import cli
 from avatar.config import EvaluateConfig
 from avatar.data import load_frames
 from avatar.evaluate import evaluate_model, open_image, render_frame
-from avatar.perceptual import WeightsUnavailable
+from avatar.imagenet_weights import WeightsUnavailable
 from avatar.presets import make_config, to_json
 from avatar.stages.fit import load_avatar
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from avatar.imagenet_weights import WeightsUnavailable
 from avatar.metrics import Lpips, image_metrics, l1, no_cloth_mask, psnr, ssim
-from avatar.perceptual import WeightsUnavailable
 
 
 def images(*shape, seed=0, dtype=torch.float64):
