@@ -320,7 +320,8 @@ class RunConfig:
     data: str
     preset: Preset = "small"
     head: str = "embedded"
-    """Either the head that comes with the package, or an npz file in the FLAME layout."""
+    """embedded, the head that comes with the package; or a file: FLAME's generic_model.pkl, or an npz file in its
+    layout."""
     size: int = 512
     seed: int = 0
     cache_gigabytes: float = 2.0

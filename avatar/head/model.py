@@ -6,6 +6,7 @@ about five joints (root, neck, jaw, left eye, right eye).
 """
 
 import copy
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from avatar.errors import AvatarError
+from avatar.head.flame import read_flame
 
 ASSET = Path(__file__).parent.parent / "assets" / "head.npz"
 # PointAvatar and IMavatar enlarge the head model so that it fills the cube their networks expect.
@@ -39,7 +41,7 @@ class HeadModel(nn.Module):
     Buffers (V vertices, E expressions, P pose features, J joints):
         template (V, 3), expression_basis (V, 3, E), pose_basis (V, 3, P), joints (J, 3),
         weights (V, J), faces (F, 3), parents (J,), shape_basis (V, 3, S), joint_shape_basis (J, 3, S),
-        vertex_parts (V,): index into part_names.
+        joint_expression_basis (J, 3, E), vertex_parts (V,): index into part_names.
     """
 
     def __init__(self, arrays: dict[str, np.ndarray], scale: float = SCALE):
@@ -56,7 +58,10 @@ class HeadModel(nn.Module):
         keep("shape_basis", arrays.get("shapedirs", np.zeros((*vertices.shape, 0))) * scale)
         keep("pose_basis", arrays.get("posedirs", np.zeros((*vertices.shape, 0))) * scale)
         keep("joints", arrays["J"] * scale)
-        keep("joint_shape_basis", arrays.get("J_shapedirs", np.zeros((len(arrays["J"]), 3, 0))) * scale)
+        joints, expressions = len(arrays["J"]), arrays["expressions"].shape[-1]
+        keep("joint_shape_basis", arrays.get("J_shapedirs", np.zeros((joints, 3, 0))) * scale)
+        still_joints = np.zeros((joints, 3, expressions))
+        keep("joint_expression_basis", arrays.get("J_expressions", still_joints) * scale)
         keep("weights", arrays["weights"])
         keep("faces", arrays["faces"], torch.int64)
         keep("parents", arrays["parents"], torch.int64)
@@ -92,23 +97,25 @@ class HeadModel(nn.Module):
         features = rotations - torch.eye(3, dtype=pose.dtype, device=pose.device)
         return features.flatten(-3)[..., : self.num_pose_features]
 
-    def bone_transforms(self, pose: Tensor) -> Tensor:
+    def bone_transforms(self, expression: Tensor, pose: Tensor) -> Tensor:
         """Rigid transforms of the bones relative to the rest pose: (B, J + 1, 3, 4).
 
-        A bone that never moves comes first (the "ghost" of IMavatar, for what belongs to no joint).
+        A bone that never moves comes first (the "ghost" of IMavatar, for what belongs to no joint). The joints
+        follow the vertices of the expression, as in FLAME's own code; the paper has them follow identity only.
         """
         rotations = rotation_matrices(pose.unflatten(-1, (-1, 3)))
+        joints = self.joints + torch.einsum("jde,be->bjd", self.joint_expression_basis, expression)
+        joints = joints[..., None]
         world: list[tuple[Tensor, Tensor]] = []
         for joint, parent in enumerate(self.parent_list):
-            local = rotations[..., joint, :, :]
-            position = self.joints[joint].expand(local.shape[:-1])
+            local, position = rotations[:, joint], joints[:, joint]
             if parent >= 0:
                 turned, origin = world[parent]
-                offset = self.joints[joint] - self.joints[parent]
-                local, position = turned @ local, (turned @ offset) + origin
+                offset = joints[:, joint] - joints[:, parent]
+                local, position = turned @ local, turned @ offset + origin
             world.append((local, position))
         bones = [
-            torch.cat([turned, (position - turned @ self.joints[joint])[..., None]], -1)
+            torch.cat([turned, position - turned @ joints[:, joint]], -1)
             for joint, (turned, position) in enumerate(world)
         ]
         still = torch.eye(3, 4, dtype=pose.dtype, device=pose.device).expand_as(bones[0])
@@ -130,7 +137,7 @@ class HeadModel(nn.Module):
         offsets = torch.einsum("vde,be->bvd", self.expression_basis, expression)
         if self.num_pose_features:
             offsets = offsets + torch.einsum("vdp,bp->bvd", self.pose_basis, self.pose_features(pose))
-        transforms = blend_transforms(self.weights_with_ghost(), self.bone_transforms(pose))
+        transforms = blend_transforms(self.weights_with_ghost(), self.bone_transforms(expression, pose))
         return apply_transforms(transforms, self.template + offsets)
 
 
@@ -145,18 +152,24 @@ def apply_transforms(transforms: Tensor, points: Tensor) -> Tensor:
 
 
 def load_head(path: Path) -> HeadModel:
-    """Read a head in the FLAME layout from an npz file (see tools/bake_head.py)."""
+    """Read a head from an npz file in the FLAME layout (see tools/bake_head.py) or from FLAME's own pickle."""
+    if path.suffix == ".npz" or zipfile.is_zipfile(path):
+        return HeadModel(read_npz(path))
+    return HeadModel(read_flame(path))
+
+
+def read_npz(path: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = dict(archive)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise AvatarError(f"{path}: not a readable head model ({error})") from error
     missing = {"v_template", "expressions", "J", "weights", "parents", "faces"} - arrays.keys()
     if missing:
         raise AvatarError(f"{path}: lacks {', '.join(sorted(missing))}")
-    return HeadModel(arrays)
+    return arrays
 
 
 def embedded_head() -> HeadModel:
     """The CC0 head that comes with the package: 50 expressions, no pose correctives."""
-    return load_head(ASSET)
+    return HeadModel(read_npz(ASSET))

@@ -184,7 +184,7 @@ class PointAvatar(nn.Module):
             posed (B, N, 3) and the linear part of T T_can^-1 (B, N, 3, 3).
         """
         head = self.head
-        canonical_bones = head.bone_transforms(self.canonical_pose[None])
+        canonical_bones = head.bone_transforms(self.canonical_expression[None], self.canonical_pose[None])
         to_canonical = blend_transforms(fields.weights, canonical_bones)[0]
         from_canonical = inverse_3x3(to_canonical[..., :3])
         rest = (from_canonical @ (points + fields.offset - to_canonical[..., 3])[..., None])[..., 0]
@@ -192,7 +192,7 @@ class PointAvatar(nn.Module):
         if head.num_pose_features:
             features = head.pose_features(pose) - head.pose_features(self.canonical_pose[None])
             offsets = offsets + torch.einsum("ndp,bp->bnd", fields.pose, features)
-        transforms = blend_transforms(fields.weights, head.bone_transforms(pose))
+        transforms = blend_transforms(fields.weights, head.bone_transforms(expression, pose))
         return apply_transforms(transforms, rest + offsets), transforms[..., :3] @ from_canonical
 
     def warp_jacobian(self, points: Tensor, expression: Tensor, pose: Tensor) -> Tensor:

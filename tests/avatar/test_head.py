@@ -48,7 +48,7 @@ def test_jaw_opens_downwards_and_neck_turns_about_its_joint(head):
     pose = torch.zeros(1, 15)
     pose[0, 3:6] = torch.tensor([0.0, 0.5, 0.0])
     joint = head.joints[1]
-    bones = head.bone_transforms(pose)[0]
+    bones = head.bone_transforms(torch.zeros(1, 50), pose)[0]
     assert torch.allclose(bones[2, :, :3] @ joint + bones[2, :, 3], joint, atol=1e-5)
 
 
