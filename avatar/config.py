@@ -220,8 +220,8 @@ class TeacherTrainingConfig(ScheduleConfig):
     vgg: float = 0.1
     vgg_every: int = 1
     vgg_size: int | None = 224
-    offset: float = 0.0
-    """Weight of the mean squared offset of positions and colours."""
+    norm_frozen_from: float = 1.0
+    """Share of the schedule after which batch normalisation goes by its running statistics."""
 
 
 @dataclass(frozen=True)
@@ -252,10 +252,12 @@ class DistillConfig(ScheduleConfig):
     rgb: float = 1.0
     """Mean absolute error to the true frame, which the paper leaves out."""
     match: float = 0.0
-    """Mean absolute error of positions and colours to those of the teacher's same points."""
+    """Mean absolute error of positions and colours, in units of the kernels, to the teacher's same points."""
     surface: float = 1.0
     eikonal: float = 0.1
     eikonal_samples: int | None = None
+    norm_frozen_from: float = 1.0
+    """Share of the schedule after which batch normalisation goes by its running statistics."""
 
 
 @dataclass(frozen=True)

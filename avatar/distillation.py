@@ -228,8 +228,9 @@ def matched_points(
     student_colors: Tensor,
     *,
     width: float = 0.05,
+    color_width: float = 0.1,
 ) -> Tensor:
-    """Mean absolute error of positions, in units of width, plus that of colours; not in the paper.
+    """Mean absolute error of positions and of colours, in units of the widths; not in the paper.
 
     Args:
         teacher_points, teacher_colors, student_points, student_colors: (B, N, 3); student's point i is the
@@ -238,7 +239,7 @@ def matched_points(
     _check_same_shape("student_points", student_points, teacher_points)
     _check_same_shape("student_colors", student_colors, teacher_colors)
     positions = F.l1_loss(student_points, teacher_points.detach()) / width
-    return positions + F.l1_loss(student_colors, teacher_colors.detach())
+    return positions + F.l1_loss(student_colors, teacher_colors.detach()) / color_width
 
 
 def distillation_total(terms: dict[str, Tensor], config: DistillConfig) -> Tensor:

@@ -32,6 +32,7 @@ from avatar.stages.loop import (
     run_stage,
     schedule_steps,
     set_rates,
+    set_training,
     with_prefix,
 )
 from avatar.stages.teacher import TeacherModel, branch_images, load_teacher
@@ -87,7 +88,6 @@ class Distillation(Stage):
         self.optimizer = self._build_optimizer()
         self.perceptual = perceptual_loss("distill.vgg", options.vgg, options.vgg_size, device)
         self.done = 0
-        student.train()
 
     def _build_optimizer(self) -> torch.optim.Adam:
         options, student = self.config.distill, self.model.student
@@ -129,6 +129,8 @@ class Distillation(Stage):
     def step(self) -> dict[str, Tensor]:
         options, seed = self.config.distill, self.config.seed
         count = batch_size(options, self.model.student.avatar.num_points)
+        fraction = self.done / self.total_steps()
+        set_training(self.model.student, fraction < options.norm_frozen_from)
         index = draw_batch(seed, self.done * count, count, len(self.frames)).to(self.device)
         taught = self.cache.batch(index, self._teach)
         refined = self.model.refine(self.frames.expression[index], self.frames.pose[index])
@@ -137,7 +139,7 @@ class Distillation(Stage):
         self.optimizer.zero_grad(set_to_none=True)
         terms["total"].backward()
         if options.decay == "linear":
-            set_rates(self.optimizer, linear_decay(self.done / self.total_steps()))
+            set_rates(self.optimizer, linear_decay(fraction))
         self.optimizer.step()
         self.done += 1
         return {name: value.detach() for name, value in terms.items()}
@@ -170,7 +172,9 @@ class Distillation(Stage):
         if options.rgb:
             terms["rgb"] = losses.rgb(splats.image, self.frames.image(index))
         if options.match:
-            terms["match"] = distillation.matched_points(*clouds, width=options.kl_width)
+            terms["match"] = distillation.matched_points(
+                *clouds, width=options.kl_width, color_width=options.kl_color_width
+            )
         if options.surface:
             terms["surface"] = losses.surface(refined.points.sdf)
         if options.eikonal:
@@ -200,7 +204,6 @@ class Distillation(Stage):
         frames, index = self.frames, torch.zeros(1, dtype=torch.int64, device=self.device)
         self.model.student.eval()
         refined = self.model.refine(frames.expression[index], frames.pose[index])
-        self.model.student.train()
         return self.model.draw(refined, frames.camera(index)).image
 
     def checkpoint(self) -> Checkpoint:

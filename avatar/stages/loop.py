@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from avatar.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
 from avatar.config import ReportConfig, ScheduleConfig
@@ -133,6 +134,14 @@ def schedule_steps(schedule: ScheduleConfig, points: int, frames: int) -> int:
 def linear_decay(fraction: float, start: float = 0.5) -> float:
     """1 up to the fraction `start` of the schedule, then falling to a tenth."""
     return 1 - 0.9 * max(0.0, (fraction - start) / (1 - start))
+
+
+def set_training(module: nn.Module, batch_statistics: bool) -> None:
+    """Training mode; batch normalisation goes by its running statistics unless told otherwise."""
+    module.train()
+    for part in module.modules():
+        if isinstance(part, _BatchNorm):
+            part.train(batch_statistics)
 
 
 def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:

@@ -30,6 +30,7 @@ from avatar.stages.loop import (
     run_stage,
     schedule_steps,
     set_rates,
+    set_training,
     with_prefix,
 )
 
@@ -86,7 +87,6 @@ class TeacherTraining(Stage):
         self.optimizer = torch.optim.Adam([parameter_group(list(model.teacher.parameters()), options.rate)])
         self.perceptual = perceptual_loss("teacher_training.vgg", options.vgg, options.vgg_size, device)
         self.done = 0
-        model.teacher.train()
 
     @property
     def steps_done(self) -> int:
@@ -99,6 +99,8 @@ class TeacherTraining(Stage):
     def step(self) -> dict[str, Tensor]:
         options, seed, frames = self.config.teacher_training, self.config.seed, self.frames
         count = batch_size(options, self.model.avatar.num_points)
+        fraction = self.done / self.total_steps()
+        set_training(self.model.teacher, fraction < options.norm_frozen_from)
         index = draw_batch(seed, self.done * count, count, len(frames)).to(self.device)
         generator = keyed_generator(seed, "teacher image", self.done)
         other = torch.randint(len(frames), (count,), generator=generator).to(self.device)
@@ -118,7 +120,7 @@ class TeacherTraining(Stage):
         self.optimizer.zero_grad(set_to_none=True)
         terms["total"].backward()
         if options.decay == "linear":
-            set_rates(self.optimizer, linear_decay(self.done / self.total_steps()))
+            set_rates(self.optimizer, linear_decay(fraction))
         self.optimizer.step()
         self.done += 1
         return {name: value.detach() for name, value in terms.items()}
@@ -129,7 +131,6 @@ class TeacherTraining(Stage):
         refined = self.model.refine(
             frames.expression[index], frames.pose[index], self.images[index].float() / 255
         )
-        self.model.teacher.train()
         return self.model.avatar.draw(refined.posed, refined.colors, frames.camera(index)).image
 
     def checkpoint(self) -> Checkpoint:

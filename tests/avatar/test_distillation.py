@@ -256,7 +256,7 @@ def test_mask_consistency_is_the_mean_absolute_difference():
 def test_matched_points_counts_positions_in_widths():
     points, colors = torch.rand(2, 2, 5, 3, generator=generator(0))
     assert matched_points(points, colors, points, colors) == 0
-    value = matched_points(points, colors, points + 0.1, colors - 0.25, width=0.2)
+    value = matched_points(points, colors, points + 0.1, colors - 0.25, width=0.2, color_width=1.0)
     torch.testing.assert_close(value, torch.tensor(0.75))
 
 
