@@ -18,6 +18,7 @@ from avatar.errors import AvatarError
 from avatar.head import HeadModel, load_head
 from avatar.head.flame import read_flame
 from avatar.head.model import ASSET
+from avatar.run import Run, read_config
 
 VERTICES = 60
 PARENTS = (-1, 0, 1, 1, 1)
@@ -417,6 +418,6 @@ def test_an_avatar_trains_on_flame(arrays, dataset, tmp_path, capsys):
     options = ("--set", *TINY, "fit.epochs=1", "point_avatar.points=100", f"head={path}")
     status = cli.main(["train", str(dataset), "--out", str(tmp_path / "run"), "--stages", "fit", *options])
     assert status == 0, capsys.readouterr().err
-    head = cli.head_of(cli.read_config(tmp_path / "run"))
+    head = Run(tmp_path / "run", read_config(tmp_path / "run"), torch.device("cpu")).head()
     assert head.template.shape == (VERTICES, 3)
     assert head.num_pose_features == 36
