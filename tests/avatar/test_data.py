@@ -8,10 +8,10 @@ from conftest import write_dataset
 from PIL import Image
 
 from avatar.camera import project
-from avatar.cli import EMBEDDED_SUBJECT
 from avatar.data import load_frames
 from avatar.data.point_avatar import resize
 from avatar.errors import AvatarError
+from avatar.run import EMBEDDED_SUBJECT
 
 
 def test_layout_round_trip(tmp_path, head):
