@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from avatar.checkpoint import list_checkpoints, write_json
+from avatar.checkpoint import latest_checkpoint, list_checkpoints, write_json
 from avatar.config import STAGES, RunConfig
 from avatar.data import Frames, load_frames
 from avatar.errors import AvatarError
@@ -88,7 +88,18 @@ def train(run: Run, stages: tuple[str, ...], should_stop: Callable[[], bool] = l
     claim_folder(run.folder, run.config)
     with reproducible():
         for stage in stages:
+            check_stage_before(run.folder, stage)
             TRAINERS[stage](run.config, run.head(), frames, run.folder, run.device, should_stop)
+
+
+def check_stage_before(folder: Path, stage: str) -> None:
+    """A stage builds on the one before, which must have come to its end."""
+    for before in STAGES[: STAGES.index(stage)][-1:]:
+        found = latest_checkpoint(folder / "checkpoints", before)
+        if found and not found.values["finished"]:
+            raise AvatarError(
+                f"{folder}: the stage '{before}' ended at step {found.step}, before its end; go on with it first"
+            )
 
 
 def trained_models(run: Run) -> dict[str, Draw]:

@@ -67,7 +67,7 @@ def run_stage(stage: Stage, reports: ReportConfig, folder: Path, should_stop: Ca
     with Reporter(stage.name, folder, stage.steps_done) as report:
         while not stage.finished():
             if should_stop():
-                save_checkpoint(checkpoints, stage.checkpoint())
+                save(stage, checkpoints)
                 raise Stopped
             terms = stage.step()
             step = stage.steps_done
@@ -78,7 +78,13 @@ def run_stage(stage: Stage, reports: ReportConfig, folder: Path, should_stop: Ca
                 with torch.no_grad():
                     report.image(step, stage.frames.image(torch.tensor([0])), stage.preview())
             if step % reports.checkpoint_every == 0 or stage.finished():
-                save_checkpoint(checkpoints, stage.checkpoint())
+                save(stage, checkpoints)
+
+
+def save(stage: Stage, checkpoints: Path) -> None:
+    checkpoint = stage.checkpoint()
+    checkpoint.values["finished"] = stage.finished()
+    save_checkpoint(checkpoints, checkpoint)
 
 
 class FrameCache:

@@ -1,6 +1,7 @@
 import json
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,9 +15,10 @@ from avatar.data import load_frames
 from avatar.evaluate import evaluate_model, open_image, render_frame
 from avatar.imagenet_weights import WeightsUnavailable
 from avatar.presets import make_config, to_json
-from avatar.stages.fit import load_avatar
+from avatar.stages.fit import Fit, load_avatar
 
 FAST = ("--set", *TINY, "fit.epochs=1")
+FIT = ("--stages", "fit", *FAST)
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +34,7 @@ def _no_downloads(monkeypatch):
 @pytest.fixture(scope="module")
 def run_folder(dataset, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    assert cli.main(["train", str(dataset), "--out", str(folder), *FAST]) == 0
+    assert cli.main(["train", str(dataset), "--out", str(folder), *FIT]) == 0
     return folder
 
 
@@ -115,16 +117,33 @@ def test_demo_trains_evaluates_and_draws(tmp_path, capsys):
     assert cli.main(arguments) == 0
     assert json.loads((tmp_path / "demo/metrics.json").read_text())["frames"] == 24
     sheet = np.asarray(Image.open(tmp_path / "demo/demo.png"))
-    assert sheet.shape[0] == 2 * 32
+    assert sheet.shape[0] == 4 * 32
     assert sheet.shape[1] > 8 * 32
-    assert "point avatar" in capsys.readouterr().out
+    models = json.loads((tmp_path / "demo/metrics.json").read_text())["models"]
+    assert list(models) == ["point_avatar", "teacher", "student", "full"]
+    printed = capsys.readouterr().out
+    assert all(label in printed for label in cli.MODEL_LABELS.values())
+
+
+def test_a_stage_that_stopped_early_carries_no_other(dataset, tmp_path, capsys, monkeypatch):
+    command = ["train", str(dataset), "--out", str(tmp_path)]
+    stopped = Path(f"{tmp_path}/checkpoints/fit-0000003.safetensors")
+    assert cli.main([*command, *FIT]) == 0
+    (tmp_path / "checkpoints/fit-0000004.safetensors").unlink()
+    assert stopped.exists()
+    capsys.readouterr()
+    assert cli.main([*command, "--stages", "teacher", *FAST]) == 1
+    assert "the stage 'fit' ended at step 3, before its end" in error_of(capsys)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["train", "NONE", "--out", "OUT"], "no such folder"),
-        (["train", "DATA", "--out", "OUT", "--stages", "fit,paint"], "no stage 'paint' (stages: fit)"),
+        (
+            ["train", "DATA", "--out", "OUT", "--stages", "fit,paint"],
+            "no stage 'paint' (stages: fit, teacher,",
+        ),
         (["train", "DATA", "--out", "OUT", "--set", "fit.epoch=1"], "no option 'epoch'"),
         (["train", "DATA", "--out", "OUT", "--set", "fit.epochs"], "wants NAME=VALUE"),
         (["train", "DATA", "--out", "OUT", "--set", "fit.epochs=many"], "'many' does not fit int"),
@@ -166,7 +185,7 @@ def test_unknown_commands_and_missing_arguments_fail():
 
 def test_another_configuration_is_refused(run_folder, dataset, capsys):
     before = (run_folder / "config.json").read_text()
-    command = ["train", str(dataset), "--out", str(run_folder), *FAST]
+    command = ["train", str(dataset), "--out", str(run_folder), *FIT]
     assert cli.main([*command[:-1], "fit.epochs=2", "--seed", "1"]) == 1
     message = error_of(capsys)
     assert "trained with another configuration: fit.epochs (1, here 2); seed (0, here 1)" in message
@@ -201,7 +220,7 @@ def test_missing_perceptual_weights_are_an_error_with_advice(dataset, tmp_path, 
 
 def test_interrupt_saves_and_the_same_command_goes_on(dataset, tmp_path, capsys, monkeypatch):
     """Ctrl-C in the middle of a step: the step ends, its state is saved."""
-    step = cli.fit_stage.Fit.step
+    step = Fit.step
     before = signal.getsignal(signal.SIGINT)
 
     def interrupted(self):
@@ -209,8 +228,8 @@ def test_interrupt_saves_and_the_same_command_goes_on(dataset, tmp_path, capsys,
             signal.raise_signal(signal.SIGINT)
         return step(self)
 
-    command = ["train", str(dataset), "--out", str(tmp_path), *FAST]
-    monkeypatch.setattr(cli.fit_stage.Fit, "step", interrupted)
+    command = ["train", str(dataset), "--out", str(tmp_path), *FIT]
+    monkeypatch.setattr(Fit, "step", interrupted)
     assert cli.main(command) == 130
     assert "the same command goes on" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["fit-0000002.safetensors"]
