@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from avatar.commands import DemoCommand, EvaluateCommand, TrainCommand
+from avatar.animate import render
+from avatar.commands import DemoCommand, EvaluateCommand, RenderCommand, TrainCommand
 from avatar.config import STAGES
 from avatar.errors import AvatarError, Stopped
 from avatar.evaluate import METRICS, Evaluation, write_comparison
@@ -47,6 +48,15 @@ def run_evaluate(command: EvaluateCommand) -> None:
     print(f"wrote {command.run / METRICS}")
 
 
+def run_render(command: RenderCommand) -> None:
+    config = read_config(command.run)
+    if command.data is not None:
+        config = replace(config, data=str(command.data))
+    with stop_on_signal() as should_stop:
+        path = render(Run(command.run, config, choose_device(command.device)), command, should_stop)
+    print(f"wrote {path}")
+
+
 def run_demo(command: DemoCommand) -> None:
     config = make_config(EMBEDDED, "small", command.seed, command.set)
     run = Run(command.out, config, choose_device(command.device))
@@ -64,6 +74,7 @@ COMMANDS = {
     "demo": (DemoCommand, run_demo),
     "train": (TrainCommand, run_train),
     "evaluate": (EvaluateCommand, run_evaluate),
+    "render": (RenderCommand, run_render),
 }
 
 
@@ -139,8 +150,8 @@ def main(arguments: list[str] | None = None) -> int:
         run(command)
     except AvatarError as error:
         return fail(str(error), command.debug)
-    except (Stopped, KeyboardInterrupt):
-        console.print("stopped; the same command goes on from here")
+    except (Stopped, KeyboardInterrupt) as stop:
+        console.print(str(stop) or "stopped; the same command goes on from here")
         return 130
     except Exception as error:
         return fail(f"{type(error).__name__}: {error}", command.debug)

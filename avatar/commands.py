@@ -50,6 +50,48 @@ class EvaluateCommand:
 
 
 @dataclass
+class RenderCommand:
+    """Animate the avatar of a run: --drive DATA, --turntable, --expression NAME=VALUE ..., or the last two.
+
+    With --drive and --turntable the result is a film, with --expression alone a picture.
+    """
+
+    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
+    """Run folder."""
+    drive: Annotated[Path | None, tyro.conf.arg(metavar="DATA")] = None
+    """Let the frames of a data set in the PointAvatar layout drive expression, pose and camera; "embedded" is
+    the one that comes with the package."""
+    split: Literal["test", "train"] = "test"
+    """Which frames drive."""
+    compare: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Show the true frame to the left of each driven one."""
+    turntable: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Turn the avatar once round its vertical axis."""
+    degrees: float | None = None
+    """Let the turntable swing to this angle on either side instead."""
+    frames: int = 100
+    """Of the turntable."""
+    fps: int = 25
+    """Frames per second of a film."""
+    expression: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE")] = ()
+    """Coefficients of the head's expressions (expression_0, ... where it has no names), the others as in the mean
+    training frame; and, in degrees, jaw (open), yaw, gaze_x (to the right of the picture), pitch, gaze_y (up),
+    roll (clockwise)."""
+    model: Literal["full", "student", "teacher", "point_avatar"] | None = None
+    """Which model draws; otherwise the first of these that is trained."""
+    size: int | None = None
+    """Pixels of the picture's sides; the full method has only the size that it was trained at."""
+    out: Path | None = None
+    """The .mp4 or .png file; otherwise RUN/renders/ and drive.mp4, turntable.mp4 or expression.png."""
+    data: Path | None = None
+    """Where the run's training data is now, if it has moved."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto takes a GPU where there is one."""
+    debug: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Show the traceback of an error."""
+
+
+@dataclass
 class DemoCommand(Common):
     """The whole method, small, on the subject that comes with the package."""
 

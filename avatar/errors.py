@@ -3,4 +3,4 @@ class AvatarError(Exception):
 
 
 class Stopped(Exception):
-    """Training was asked to stop; everything needed to go on is saved."""
+    """Work was asked to stop; in training, everything needed to go on is saved."""

@@ -1,5 +1,6 @@
 """A run folder: its configuration, its stages in order and its trained models."""
 
+import functools
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -15,9 +16,10 @@ from avatar.data import Frames, load_frames
 from avatar.errors import AvatarError
 from avatar.evaluate import Draw, Evaluation, evaluate_model, write_metrics
 from avatar.head import HeadModel, embedded_head, load_head
+from avatar.models.renderer import Renderer
 from avatar.presets import differences, from_json, to_json
 from avatar.stages.adversarial import draw_full, load_renderer, train_adversarial
-from avatar.stages.distill import distill, draw_student, load_student
+from avatar.stages.distill import StudentModel, distill, draw_student, load_student
 from avatar.stages.fit import draw_avatar, fit, load_avatar
 from avatar.stages.teacher import NearestFrames, branch_images, draw_teacher, load_teacher, train_teacher
 
@@ -41,14 +43,21 @@ class Run:
 
     def frames(self, split: str) -> Frames:
         config = self.config
-        root = EMBEDDED_SUBJECT if config.data == EMBEDDED else Path(config.data)
         return load_frames(
-            root, split, config.size, enhanced=split == "train" and config.teacher.image == "enhanced"
+            data_root(config.data),
+            split,
+            config.size,
+            enhanced=split == "train" and config.teacher.image == "enhanced",
         )
 
     def stages_done(self) -> list[str]:
         """Stages that have left a checkpoint, in order."""
         return [stage for stage in STAGES if list_checkpoints(self.folder / "checkpoints", stage)]
+
+
+def data_root(data: str) -> Path:
+    """The folder of a data set that is named by its path or as the one that comes with the package."""
+    return EMBEDDED_SUBJECT if data == EMBEDDED else Path(data)
 
 
 def read_config(folder: Path) -> RunConfig:
@@ -102,29 +111,37 @@ def check_stage_before(folder: Path, stage: str) -> None:
             )
 
 
-def trained_models(run: Run) -> dict[str, Draw]:
-    """What draws frames for every model of a run, by its name in metrics.json."""
-    config, head, folder, device = run.config, run.head(), run.folder, run.device
+def model_loaders(run: Run) -> dict[str, Callable[[], Draw]]:
+    """What loads every trained model of a run to draw frames with, by its name in metrics.json."""
+    config, folder, device = run.config, run.folder, run.device
+    head = run.head()
     done = run.stages_done()
     if "fit" not in done:
         raise AvatarError(f"{folder}: holds no checkpoint of the stage 'fit'; train it first")
-    models = {"point_avatar": draw_avatar(load_avatar(folder, config, head).to(device))}
-    if "teacher" in done:
+
+    def teacher() -> Draw:
         frames = run.frames("train").to(device)
         nearest = NearestFrames(frames, branch_images(frames))
-        models["teacher"] = draw_teacher(load_teacher(folder, config, head, device), nearest)
+        return draw_teacher(load_teacher(folder, config, head, device), nearest)
+
+    @functools.cache
+    def renderer() -> tuple[StudentModel, Renderer]:
+        return load_renderer(folder, config, head, device)
+
+    loaders = {"point_avatar": lambda: draw_avatar(load_avatar(folder, config, head).to(device))}
+    if "teacher" in done:
+        loaders["teacher"] = teacher
     if "adversarial" in done:
-        student, renderer = load_renderer(folder, config, head, device)
-        models["student"] = draw_student(student)
-        models["full"] = draw_full(student, renderer)
+        loaders["student"] = lambda: draw_student(renderer()[0])
+        loaders["full"] = lambda: draw_full(*renderer())
     elif "distill" in done:
-        models["student"] = draw_student(load_student(folder, config, head, device))
-    return models
+        loaders["student"] = lambda: draw_student(load_student(folder, config, head, device))
+    return loaders
 
 
 def evaluate(run: Run, split: str) -> tuple[dict[str, Evaluation], torch.Tensor]:
     """Evaluate every trained model and write metrics.json; returns the evaluations and the true frames."""
-    models = trained_models(run)
+    models = {name: load() for name, load in model_loaders(run).items()}
     frames = run.frames(split).to(run.device)
     options = run.config.evaluate
     evaluations = {name: evaluate_model(draw, frames, options, name) for name, draw in models.items()}

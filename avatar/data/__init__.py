@@ -1,3 +1,3 @@
-from avatar.data.point_avatar import Frames, load_frames
+from avatar.data.point_avatar import Frames, Tracking, load_frames, load_tracking
 
-__all__ = ["Frames", "load_frames"]
+__all__ = ["Frames", "Tracking", "load_frames", "load_tracking"]

@@ -7,6 +7,7 @@ ROOT/SUBJECT/SUBJECT/VIDEO/flame_params.json
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,22 +29,28 @@ POSE_SIZE = 15
 
 
 @dataclass
-class Frames:
-    """The frames of one split at the working size, composited on white with the soft matte."""
+class Tracking:
+    """What drives the head and the camera in the frames of one split."""
 
     names: list[str]
-    images: Tensor  # (F, 3, H, W) uint8
-    mattes: Tensor  # (F, 1, H, W) uint8
-    labels: Tensor | None  # (F, 1, H, W) uint8, BiSeNet's 19 classes
     expression: Tensor  # (F, E)
     pose: Tensor  # (F, 15)
     translation: Tensor  # (F, 3)
     intrinsics: Tensor  # (F, 4)
     shape: Tensor  # (S,)
-    enhanced: Tensor | None = None  # (F, 3, H', W') uint8, super-resolved frames on white
 
     def __len__(self) -> int:
         return len(self.names)
+
+
+@dataclass
+class Frames(Tracking):
+    """The frames of one split at the working size, composited on white with the soft matte."""
+
+    images: Tensor  # (F, 3, H, W) uint8
+    mattes: Tensor  # (F, 1, H, W) uint8
+    labels: Tensor | None  # (F, 1, H, W) uint8, BiSeNet's 19 classes
+    enhanced: Tensor | None = None  # (F, 3, H', W') uint8, super-resolved frames on white
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -114,20 +121,34 @@ def load_frames(root: Path, split: str, size: int, *, enhanced: bool = False) ->
     """
     parts = [_load_video(video, size, enhanced) for video in split_videos(Path(root), split)]
     labels = [part.labels for part in parts]
-    tensors = {
-        name: torch.cat([getattr(part, name) for part in parts])
-        for name in ("images", "mattes", "expression", "pose", "translation", "intrinsics")
-    }
     return Frames(
-        names=[name for part in parts for name in part.names],
+        images=torch.cat([part.images for part in parts]),
+        mattes=torch.cat([part.mattes for part in parts]),
         labels=None if any(label is None for label in labels) else torch.cat(labels),
-        shape=parts[0].shape,
         enhanced=torch.cat([part.enhanced for part in parts]) if enhanced else None,
-        **tensors,
+        **vars(_join(parts)),
     )
 
 
-def _load_video(video: Path, size: int, enhanced: bool) -> Frames:
+def load_tracking(root: Path, split: str) -> Tracking:
+    """Read what drives a split's frames; their images are not looked at.
+
+    Raises:
+        AvatarError: naming the file, the frame and the field that is missing or wrong.
+    """
+    return _join([_read_tracking(video) for video in split_videos(Path(root), split)])
+
+
+def _join(parts: Sequence[Tracking]) -> Tracking:
+    tensors = {
+        name: torch.cat([getattr(part, name) for part in parts])
+        for name in ("expression", "pose", "translation", "intrinsics")
+    }
+    names = [name for part in parts for name in part.names]
+    return Tracking(names=names, shape=parts[0].shape, **tensors)
+
+
+def _read_tracking(video: Path) -> Tracking:
     path = video / PARAMETERS
     try:
         content = json.loads(path.read_text())
@@ -141,9 +162,8 @@ def _load_video(video: Path, size: int, enhanced: bool) -> Frames:
     if not content["frames"]:
         raise AvatarError(f"{path}: 'frames' is empty")
 
-    names, images, mattes, labels, large = [], [], [], [], []
+    names = []
     rows: dict[str, list[Tensor]] = {"expression": [], "pose": [], "translation": []}
-    with_labels = (video / "semantic").is_dir()
     expected = len(content["frames"][0].get("expression", [])) or None
     for index, frame in enumerate(content["frames"]):
         where = f"frames[{index}]"
@@ -154,9 +174,20 @@ def _load_video(video: Path, size: int, enhanced: bool) -> Frames:
         rows["pose"].append(_numbers(frame["pose"], (POSE_SIZE,), path, f"{where}.pose"))
         world = _numbers(frame["world_mat"], (3, 4), path, f"{where}.world_mat")
         rows["translation"].append(world[:, 3])
+        names.append(f"{video.name}/{Path(frame['file_path']).name}")
+    return Tracking(
+        names=names,
+        intrinsics=intrinsics.expand(len(names), 4),
+        shape=shape,
+        **{field: torch.stack(values) for field, values in rows.items()},
+    )
 
-        name = Path(frame["file_path"]).name
-        names.append(f"{video.name}/{name}")
+
+def _load_video(video: Path, size: int, enhanced: bool) -> Frames:
+    tracking = _read_tracking(video)
+    images, mattes, labels, large = [], [], [], []
+    with_labels = (video / "semantic").is_dir()
+    for name in (Path(name).name for name in tracking.names):
         image = _read_image(video / "image" / f"{name}.png", "RGB")
         matte = _read_image(video / "mask" / f"{name}.png", "L")
         if image.shape[1:] != matte.shape[1:]:
@@ -170,14 +201,11 @@ def _load_video(video: Path, size: int, enhanced: bool) -> Frames:
             label = _read_image(video / "semantic" / f"{name}.png", "L")
             labels.append(F.interpolate(label[None], (size, size), mode="nearest-exact")[0].to(torch.uint8))
     return Frames(
-        names=names,
         images=torch.stack(images),
         mattes=torch.stack(mattes),
         labels=torch.stack(labels) if with_labels else None,
-        intrinsics=intrinsics.expand(len(names), 4),
-        shape=shape,
         enhanced=torch.stack(large) if enhanced else None,
-        **{field: torch.stack(values) for field, values in rows.items()},
+        **vars(tracking),
     )
 
 
