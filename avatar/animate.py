@@ -295,7 +295,7 @@ def write_video(path: Path, pictures: Iterable[Tensor], fps: int) -> None:
         if status:
             messages.seek(0)
             lines = messages.read().decode(errors="replace").strip().splitlines() or [f"status {status}"]
-            raise AvatarError(f"{path}: the video encoder failed: {lines[-1]}")
+            raise AvatarError(f"{path}: the video encoder failed: {lines[0]}")
 
 
 def feed(encoder: subprocess.Popen, first: Tensor, others: Iterator[Tensor]) -> None:
