@@ -5,6 +5,7 @@ import sys
 import threading
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 import tyro
@@ -13,10 +14,21 @@ from rich.markup import escape
 from rich.table import Table
 
 from avatar.animate import render
-from avatar.commands import DemoCommand, EvaluateCommand, RenderCommand, TrainCommand
+from avatar.checkpoint import write_json
+from avatar.commands import DemoCommand, EfficiencyCommand, EvaluateCommand, RenderCommand, TrainCommand
 from avatar.config import STAGES
+from avatar.efficiency import (
+    EFFICIENCY,
+    Subject,
+    efficiency_table,
+    parts_table,
+    report,
+    subject_of_preset,
+    subject_of_run,
+)
 from avatar.errors import AvatarError, Stopped
 from avatar.evaluate import METRICS, Evaluation, write_comparison
+from avatar.measurement import measure_all
 from avatar.presets import make_config
 from avatar.reporting import console
 from avatar.run import EMBEDDED, Run, evaluate, read_config, train
@@ -57,6 +69,36 @@ def run_render(command: RenderCommand) -> None:
     print(f"wrote {path}")
 
 
+def run_efficiency(command: EfficiencyCommand) -> None:
+    device = choose_device(command.device)
+    if command.run is None:
+        config = make_config(EMBEDDED, command.preset or "paper", 0, command.set)
+        subject = subject_of_preset(config, command.points, command.size)
+        folder = Path()
+    elif command.preset or command.set:
+        raise AvatarError("--preset and --set: a run has a configuration of its own")
+    else:
+        run = Run(command.run, read_config(command.run), device)
+        subject = subject_of_run(run, command.points, command.size)
+        folder = command.run
+    report_efficiency(subject, folder, device, measure=command.measure)
+
+
+def report_efficiency(subject: Subject, folder: Path, device: torch.device, *, measure: bool = True) -> None:
+    """Write efficiency.json into `folder` and print its tables."""
+    content = report(subject, measure_all(subject, device) if measure else {})
+    path = folder / EFFICIENCY
+    try:
+        write_json(path, content)
+    except OSError as error:
+        raise AvatarError(f"{path}: {error.strerror}") from error
+    tables = Console(highlight=False)
+    tables.print(parts_table(content), efficiency_table(content))
+    if subject.is_stand_in:
+        print("head: the embedded one with FLAME's 36 pose correctives, all zero")
+    print(f"wrote {path}")
+
+
 def run_demo(command: DemoCommand) -> None:
     config = make_config(EMBEDDED, "small", command.seed, command.set)
     run = Run(command.out, config, choose_device(command.device))
@@ -67,6 +109,7 @@ def run_demo(command: DemoCommand) -> None:
     rows |= {MODEL_LABELS[name]: evaluations[name].images for name in SHOWN if name in evaluations}
     write_comparison(command.out / PICTURE, rows)
     print_table(evaluations, "test")
+    report_efficiency(subject_of_run(run), command.out, run.device)
     print(f"wrote {command.out / METRICS} and {command.out / PICTURE}")
 
 
@@ -75,6 +118,7 @@ COMMANDS = {
     "train": (TrainCommand, run_train),
     "evaluate": (EvaluateCommand, run_evaluate),
     "render": (RenderCommand, run_render),
+    "efficiency": (EfficiencyCommand, run_efficiency),
 }
 
 

@@ -92,6 +92,28 @@ class RenderCommand:
 
 
 @dataclass
+class EfficiencyCommand:
+    """Parameters, MACs, FLOPs, peak memory and milliseconds of every network; writes efficiency.json."""
+
+    run: Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="RUN")] = None
+    """Run folder; without one, the networks of a preset with a head of FLAME's sizes."""
+    points: int | None = None
+    """By default the run's own, or 400000 for the preset paper."""
+    size: int | None = None
+    """Side of the image in pixels; by default the run's or the preset's own."""
+    measure: bool = True
+    """Measure memory and time; else only count."""
+    preset: Preset | None = None
+    """Without a run: whose networks; by default paper."""
+    set: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE")] = ()
+    """Without a run: change options of the preset."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto takes a GPU where there is one."""
+    debug: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Show the traceback of an error."""
+
+
+@dataclass
 class DemoCommand(Common):
     """The whole method, small, on the subject that comes with the package."""
 

@@ -38,8 +38,7 @@ class Run:
     device: torch.device
 
     def head(self) -> HeadModel:
-        name = self.config.head
-        return embedded_head() if name == EMBEDDED else load_head(Path(name))
+        return configured_head(self.config)
 
     def frames(self, split: str) -> Frames:
         config = self.config
@@ -58,6 +57,10 @@ class Run:
 def data_root(data: str) -> Path:
     """The folder of a data set that is named by its path or as the one that comes with the package."""
     return EMBEDDED_SUBJECT if data == EMBEDDED else Path(data)
+
+
+def configured_head(config: RunConfig) -> HeadModel:
+    return embedded_head() if config.head == EMBEDDED else load_head(Path(config.head))
 
 
 def read_config(folder: Path) -> RunConfig:

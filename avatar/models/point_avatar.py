@@ -19,6 +19,7 @@ from avatar.splatting import Splats, draw_points
 SKINNING_GAIN = 20.0
 VISIBLE_WEIGHT = 0.5
 DENSE_MOTION = 0.004  # metres
+SDF_CHUNK = 65536  # points at a time in inference; the gradient needs every layer's output
 JAW = 2
 
 
@@ -167,13 +168,22 @@ class PointAvatar(nn.Module):
         return {name: num_points * linear_macs(part) for name, part in self.parts().items()}
 
     def sdf_and_gradient(self, points: Tensor) -> tuple[Tensor, Tensor]:
-        """SDF network outputs (N, 4) and the gradient of the distance (N, 3), itself differentiable."""
-        training = torch.is_grad_enabled()
+        """SDF network outputs (N, 4) and the gradient of the distance (N, 3), itself differentiable.
+
+        Without gradients, large clouds are evaluated in chunks.
+        """
+        if torch.is_grad_enabled():
+            return self._sdf_and_gradient(points, create_graph=True)
+        chunks = [self._sdf_and_gradient(chunk, create_graph=False) for chunk in points.split(SDF_CHUNK)]
+        outputs, gradients = zip(*chunks, strict=True)
+        return torch.cat(outputs), torch.cat(gradients)
+
+    def _sdf_and_gradient(self, points: Tensor, create_graph: bool) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             points = points.detach().requires_grad_(True)
             outputs = self.sdf(points)
-            (gradient,) = torch.autograd.grad(outputs[:, 0].sum(), points, create_graph=training)
-        return (outputs, gradient) if training else (outputs.detach(), gradient)
+            (gradient,) = torch.autograd.grad(outputs[:, 0].sum(), points, create_graph=create_graph)
+        return (outputs if create_graph else outputs.detach()), gradient
 
     def warp(self, points: Tensor, fields: Fields, expression: Tensor, pose: Tensor) -> tuple[Tensor, Tensor]:
         """Canonical points to the frames' poses.
