@@ -1,5 +1,6 @@
 """The command line; config.py holds the sub-commands' options."""
 
+import os
 import signal
 import sys
 import threading
@@ -86,12 +87,11 @@ def run_efficiency(command: EfficiencyCommand) -> None:
 
 def report_efficiency(subject: Subject, folder: Path, device: torch.device, *, measure: bool = True) -> None:
     """Write efficiency.json into `folder` and print its tables."""
-    content = report(subject, measure_all(subject, device) if measure else {})
     path = folder / EFFICIENCY
-    try:
-        write_json(path, content)
-    except OSError as error:
-        raise AvatarError(f"{path}: {error.strerror}") from error
+    if not os.access(folder, os.W_OK):
+        raise AvatarError(f"{path}: the folder cannot be written to")
+    content = report(subject, measure_all(subject, device) if measure else {})
+    write_json(path, content)
     tables = Console(highlight=False)
     tables.print(parts_table(content), efficiency_table(content))
     if subject.is_stand_in:

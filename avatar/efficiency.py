@@ -1,7 +1,7 @@
 """Parameters and multiply-accumulates of every network, counted; memory and time, measured.
 
-Linear layers and convolutions count, EdgeConv once per edge, derivatives not; a floating-point operation is half
-a multiply-accumulate. Weight normalisation's gains are folded into the weights, and learnable points are no
+Linear layers and convolutions count, EdgeConv once per edge, derivatives not; a multiply-accumulate is two
+floating-point operations. Weight normalisation's gains are folded into the weights, and learnable points are no
 network's. Teacher and student include the point avatar they stand on.
 """
 
@@ -51,7 +51,9 @@ Counts = dict[str, dict[str, Part]]  # model -> part
 
 @dataclass(frozen=True)
 class Subject:
-    """Whose networks are counted.
+    """Whose networks are counted, and on how many points.
+
+    They are measured with the weights training starts from, which changes no count.
 
     Args:
         config: of the networks.   points: N.
@@ -96,11 +98,12 @@ def subject_of_preset(config: RunConfig, points: int | None = None, size: int | 
 
 def subject_of_run(run: Run, points: int | None = None, size: int | None = None) -> Subject:
     """A run's networks, on its fitted points where it has them and no other number is asked for."""
-    fitted = "fit" in run.stages_done()
-    if fitted and points is None:
-        count = load_avatar(run.folder, run.config, run.head()).num_points
-        return _subject(run.config, count, size, run.folder)
-    return _subject(run.config, points or run.config.point_avatar.points, size, None)
+    if points is not None:
+        return _subject(run.config, points, size, None)
+    if "fit" not in run.stages_done():
+        return _subject(run.config, run.config.point_avatar.points, size, None)
+    fitted = load_avatar(run.folder, run.config, run.head())
+    return _subject(run.config, fitted.num_points, size, run.folder)
 
 
 def _subject(

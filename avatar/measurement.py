@@ -242,6 +242,7 @@ def measure(subject: Subject, model: str, device: torch.device) -> Measurement:
     as others may use the machine.
     """
     prepare = PREPARE[model]
+    gc.freeze()  # collections then look at what is made here only, and quickly
     few = replace(subject, points=min(WARM_UP_POINTS, subject.points), folder=None)
     prepare(few, device, Timer(device))()
     memory = PeakMemory(device)
@@ -262,6 +263,7 @@ def measure(subject: Subject, model: str, device: torch.device) -> Measurement:
         passes.clear()
         while len(passes) < REPEATS and sum(seconds for seconds, _ in passes) < REPEAT_SECONDS:
             passes.append(timed())
+    gc.unfreeze()
     seconds, parts = min(passes, key=lambda each: each[0])
     milliseconds = {name: 1000 * value for name, value in (once | parts).items()}
     return Measurement(peak, 1000 * seconds, milliseconds)

@@ -116,6 +116,7 @@ def test_demo_trains_evaluates_and_draws(tmp_path, capsys):
     arguments = ["demo", "--out", str(tmp_path / "demo"), *FAST]
     assert cli.main(arguments) == 0
     assert json.loads((tmp_path / "demo/metrics.json").read_text())["frames"] == 24
+    assert json.loads((tmp_path / "demo/efficiency.json").read_text())["size"] == 32
     sheet = np.asarray(Image.open(tmp_path / "demo/demo.png"))
     assert sheet.shape[0] == 4 * 32
     assert sheet.shape[1] > 8 * 32

@@ -80,6 +80,20 @@ def test_sdf_starts_as_a_sphere():
     assert network(0.6 * directions)[:, 0].mean().abs() < 0.15
 
 
+@pytest.mark.parametrize("points", [0, 5, 20])
+def test_sdf_in_chunks_equals_the_whole(head, monkeypatch, points):
+    avatar = make_avatar(head)
+    cloud = torch.rand(points, 3) - 0.5
+    whole = avatar.sdf_and_gradient(cloud)
+    assert whole[0].requires_grad
+    monkeypatch.setattr("avatar.models.point_avatar.SDF_CHUNK", 7)
+    with torch.no_grad():
+        chunked = avatar.sdf_and_gradient(cloud)
+    for part, expected in zip(chunked, whole, strict=True):
+        assert not part.requires_grad
+        torch.testing.assert_close(part, expected.detach(), rtol=1e-5, atol=1e-6)
+
+
 def test_warp_is_the_identity_at_the_canonical_parameters(flame):
     """Equal weights and zero fields at first: the canonical frame leaves every point where it is."""
     avatar = PointAvatar(PointAvatarConfig(), flame, torch.rand(50), torch.ones(50))
