@@ -291,7 +291,8 @@ def _cells(values: dict[str, Any]) -> list[str]:
 
 def _short(number: int) -> str:
     """Four digits and a unit, in tera from a tenth: 0.701T, 29.23M."""
-    for least, size, letter in ((1e11, 1e12, "T"), (1e9, 1e9, "G"), (1e5, 1e6, "M"), (1e3, 1e3, "k")):
+    for least, size, letter in ((1e11, 1e12, "T"), (1e8, 1e9, "G"), (1e5, 1e6, "M"), (1e3, 1e3, "k")):
         if number >= least:
-            return f"{number / size:.3f}"[:5].rstrip(".") + letter
+            scaled = number / size
+            return f"{scaled:.{3 if scaled < 10 else 2 if scaled < 100 else 1}f}{letter}"
     return str(number)
