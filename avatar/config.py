@@ -230,6 +230,8 @@ class DistillConfig(ScheduleConfig):
 
     rate: float = 1e-3
     point_rate: float = 1e-4
+    warmup_steps: int = 0
+    """Steps before the first epoch in which the student's own point avatar alone learns the teacher's points."""
     kl: float = 1.0
     kl_form: Literal["density", "graph"] = "density"
     """density: both clouds' densities at common anchors; graph: softmax over each point's neighbours."""

@@ -19,7 +19,7 @@ from avatar.splatting import Splats, draw_points
 SKINNING_GAIN = 20.0
 VISIBLE_WEIGHT = 0.5
 DENSE_MOTION = 0.004  # metres
-SDF_CHUNK = 65536  # points at a time in inference; the gradient needs every layer's output
+CHUNK = 65536  # points at a time in inference, where a derivative needs every layer's output
 JAW = 2
 
 
@@ -174,7 +174,7 @@ class PointAvatar(nn.Module):
         """
         if torch.is_grad_enabled():
             return self._sdf_and_gradient(points, create_graph=True)
-        chunks = [self._sdf_and_gradient(chunk, create_graph=False) for chunk in points.split(SDF_CHUNK)]
+        chunks = [self._sdf_and_gradient(chunk, create_graph=False) for chunk in points.split(CHUNK)]
         outputs, gradients = zip(*chunks, strict=True)
         return torch.cat(outputs), torch.cat(gradients)
 
@@ -208,8 +208,12 @@ class PointAvatar(nn.Module):
     def warp_jacobian(self, points: Tensor, expression: Tensor, pose: Tensor) -> Tensor:
         """d posed / d canonical, deformer included, by forward-mode differentiation: (B, N, 3, 3).
 
-        The shares of a head deformer's vertices count as constants, as they do in training.
+        The shares of a head deformer's vertices count as constants, as they do in training. Without gradients,
+        large clouds are evaluated in chunks.
         """
+        if not torch.is_grad_enabled() and len(points) > CHUNK:
+            chunks = [self.warp_jacobian(chunk, expression, pose) for chunk in points.split(CHUNK)]
+            return torch.cat(chunks, 1)
         place = self.deformer.locate(points)
 
         def posed(x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from avatar.config import RunConfig
 from avatar.data import Frames
 from avatar.errors import AvatarError
 from avatar.head import HeadModel
-from avatar.models.point_avatar import PointAvatar
+from avatar.models.point_avatar import PointAvatar, PosedPoints
 from avatar.models.point_features import Pyramid, build_pyramid
 from avatar.models.refined import Refined
 from avatar.models.student import Student
@@ -108,7 +108,8 @@ class Distillation(Stage):
 
     def total_steps(self) -> int:
         points = self.model.student.avatar.num_points
-        return schedule_steps(self.config.distill, points, len(self.frames))
+        options = self.config.distill
+        return options.warmup_steps + schedule_steps(options, points, len(self.frames))
 
     @torch.no_grad()
     def _teach(self, index: Tensor) -> dict[str, Tensor]:
@@ -133,9 +134,16 @@ class Distillation(Stage):
         set_training(self.model.student, fraction < options.norm_frozen_from)
         index = draw_batch(seed, self.done * count, count, len(self.frames)).to(self.device)
         taught = self.cache.batch(index, self._teach)
-        refined = self.model.refine(self.frames.expression[index], self.frames.pose[index])
-        splats = self.model.draw(refined, self.frames.camera(index))
-        terms = self._losses(index, taught, refined, splats)
+        expression, pose = self.frames.expression[index], self.frames.pose[index]
+        if self.done < options.warmup_steps:
+            points = self.model.student.avatar.pose_points(expression, pose)
+            terms = self._point_losses(taught, points.posed, points.colors, points)
+        else:
+            refined = self.model.refine(expression, pose)
+            splats = self.model.draw(refined, self.frames.camera(index))
+            terms = self._point_losses(taught, refined.posed, refined.colors, refined.points)
+            terms |= self._refined_losses(index, taught, refined, splats)
+        terms["total"] = distillation.distillation_total(terms, options)
         self.optimizer.zero_grad(set_to_none=True)
         terms["total"].backward()
         if options.decay == "linear":
@@ -144,46 +152,52 @@ class Distillation(Stage):
         self.done += 1
         return {name: value.detach() for name, value in terms.items()}
 
-    def _losses(
-        self, index: Tensor, taught: dict[str, Tensor], refined: Refined, splats: Splats
+    def _point_losses(
+        self, taught: dict[str, Tensor], posed: Tensor, colors: Tensor, points: PosedPoints
     ) -> dict[str, Tensor]:
-        options, student = self.config.distill, self.model.student
-        clouds = taught["posed"], taught["colors"], refined.posed, refined.colors
+        """What the cloud (B, N, 3) with its colours and the networks that posed it cost."""
+        options, avatar = self.config.distill, self.model.student.avatar
+        clouds = taught["posed"], taught["colors"], posed, colors
         terms = {}
         if options.kl:
             terms["kl"] = self._cloud_divergence(*clouds)
-        if options.ce:
-            projected = self.projection(refined.features)
-            terms["ce"] = distillation.feature_cosine(projected, taught["features"])
-        if self.perceptual and self.done % options.vgg_every == 0:
-            terms["vgg"] = self.perceptual(splats.image, taught["image"])
+        if options.match:
+            terms["match"] = distillation.matched_points(
+                *clouds, width=options.kl_width, color_width=options.kl_color_width
+            )
         if options.flame:
             with torch.no_grad():
-                fields = self.teacher.avatar.deformer(student.avatar.points)
+                fields = self.teacher.avatar.deformer(avatar.points)
             terms["flame"] = distillation.field_consistency(
-                refined.points.fields,
+                points.fields,
                 fields,
                 expression=options.flame_expression,
                 pose=options.flame_pose,
                 skinning=options.flame_skinning,
             )
+        if options.surface:
+            terms["surface"] = losses.surface(points.sdf)
+        if options.eikonal:
+            generator = keyed_generator(self.config.seed, "distill eikonal", self.done)
+            gradient = losses.eikonal_samples(avatar, points.sdf_gradient, options.eikonal_samples, generator)
+            terms["eikonal"] = losses.eikonal(gradient)
+        return terms
+
+    def _refined_losses(
+        self, index: Tensor, taught: dict[str, Tensor], refined: Refined, splats: Splats
+    ) -> dict[str, Tensor]:
+        """What features and picture cost."""
+        options = self.config.distill
+        terms = {}
+        if options.ce:
+            projected = self.projection(refined.features)
+            terms["ce"] = distillation.feature_cosine(projected, taught["features"])
+        if self.perceptual and self.done % options.vgg_every == 0:
+            terms["vgg"] = self.perceptual(splats.image, taught["image"])
         if options.mask:
             terms["mask"] = distillation.mask_consistency(splats.mask, taught["mask"])
         if options.rgb:
             terms["rgb"] = losses.rgb(splats.image, self.frames.image(index))
-        if options.match:
-            terms["match"] = distillation.matched_points(
-                *clouds, width=options.kl_width, color_width=options.kl_color_width
-            )
-        if options.surface:
-            terms["surface"] = losses.surface(refined.points.sdf)
-        if options.eikonal:
-            generator = keyed_generator(self.config.seed, "distill eikonal", self.done)
-            gradient = losses.eikonal_samples(
-                student.avatar, refined.points.sdf_gradient, options.eikonal_samples, generator
-            )
-            terms["eikonal"] = losses.eikonal(gradient)
-        terms["total"] = distillation.distillation_total(terms, options)
         return terms
 
     def _cloud_divergence(self, *clouds: Tensor) -> Tensor:

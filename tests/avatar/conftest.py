@@ -58,6 +58,7 @@ TINY = (
     "teacher_training.vgg=0",
     "teacher_training.checkpoint_every=2",
     "distill.epochs=1",
+    "distill.warmup_steps=1",
     "distill.steps_per_epoch=5",
     "distill.vgg=0",
     "distill.kl_anchors=16",

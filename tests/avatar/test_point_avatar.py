@@ -86,7 +86,7 @@ def test_sdf_in_chunks_equals_the_whole(head, monkeypatch, points):
     cloud = torch.rand(points, 3) - 0.5
     whole = avatar.sdf_and_gradient(cloud)
     assert whole[0].requires_grad
-    monkeypatch.setattr("avatar.models.point_avatar.SDF_CHUNK", 7)
+    monkeypatch.setattr("avatar.models.point_avatar.CHUNK", 7)
     with torch.no_grad():
         chunked = avatar.sdf_and_gradient(cloud)
     for part, expected in zip(chunked, whole, strict=True):
