@@ -250,6 +250,8 @@ class DistillConfig(ScheduleConfig):
     flame_expression: float = 1000.0
     flame_pose: float = 1000.0
     flame_skinning: float = 0.1
+    flame_squared: bool = True
+    """Squared differences of the fields, as published code has them; else their norms, as eq. 11 is printed."""
     mask: float = 1.0
     rgb: float = 1.0
     """Mean absolute error to the true frame, which the paper leaves out."""
@@ -279,6 +281,8 @@ class AdversarialConfig(ReportConfig):
     generator_rate: float = 0.002
     discriminator_rate: float = 0.002
     inverter_rate: float = 0.002
+    inverter_every: int = 1
+    """Train the inverter at every n-th rendering step only."""
     point_feature_rate: float = 0.002
     beta1: float = 0.0
     beta2: float = 0.99

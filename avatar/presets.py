@@ -140,6 +140,7 @@ SMALL_ADVERSARIAL = AdversarialConfig(
     batch=1,
     decay="linear",
     generator_rate=0.004,
+    inverter_every=2,
     ema_images=30.0,
     checkpoint_every=50,
     image_every=100,

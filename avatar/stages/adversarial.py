@@ -215,8 +215,9 @@ class Adversarial(Stage):
         networks.average.update(networks.renderer, len(index))
         if options.gan:
             terms["discriminator"] = self._discriminate(real, synthesis.image.detach(), count)
-        terms["inversion"] = gan.inversion_loss(networks.inverter, z, synthesis)
-        self._update("inverter", terms["inversion"])
+        if count % options.inverter_every == 0:
+            terms["inversion"] = gan.inversion_loss(networks.inverter, z, synthesis)
+            self._update("inverter", terms["inversion"])
         return terms
 
     def _path_length(self, given: RenderInput, generator: torch.Generator) -> Tensor:

@@ -174,6 +174,7 @@ class Distillation(Stage):
                 expression=options.flame_expression,
                 pose=options.flame_pose,
                 skinning=options.flame_skinning,
+                squared=options.flame_squared,
             )
         if options.surface:
             terms["surface"] = losses.surface(points.sdf)
