@@ -130,12 +130,13 @@ class Distillation(Stage):
     def step(self) -> dict[str, Tensor]:
         options, seed = self.config.distill, self.config.seed
         count = batch_size(options, self.model.student.avatar.num_points)
-        fraction = self.done / self.total_steps()
+        warmup = options.warmup_steps
+        fraction = max(0, self.done - warmup) / max(1, self.total_steps() - warmup)
         set_training(self.model.student, fraction < options.norm_frozen_from)
         index = draw_batch(seed, self.done * count, count, len(self.frames)).to(self.device)
         taught = self.cache.batch(index, self._teach)
         expression, pose = self.frames.expression[index], self.frames.pose[index]
-        if self.done < options.warmup_steps:
+        if self.done < warmup:
             points = self.model.student.avatar.pose_points(expression, pose)
             terms = self._point_losses(taught, points.posed, points.colors, points)
         else:
