@@ -288,6 +288,7 @@ class AdversarialConfig(ReportConfig):
     beta2: float = 0.99
     rgb: float = 5.0
     vgg: float = 1.0
+    vgg_every: int = 1
     vgg_size: int | None = None
     gan: float = 0.02
     r1: float | None = None

@@ -141,6 +141,7 @@ SMALL_ADVERSARIAL = AdversarialConfig(
     decay="linear",
     generator_rate=0.004,
     inverter_every=2,
+    vgg_every=2,
     ema_images=30.0,
     checkpoint_every=50,
     image_every=100,

@@ -201,9 +201,9 @@ class Adversarial(Stage):
         z, synthesis = networks.renderer(given, noise="random", generator=generator)
         terms = {"rgb": losses.rgb(synthesis.image, real)}
         total = options.rgb * terms["rgb"]
-        if options.vgg:
+        if options.vgg and count % options.vgg_every == 0:
             terms["vgg"] = self.perceptual(synthesis.image, real)
-            total = total + options.vgg * terms["vgg"]
+            total = total + options.vgg * options.vgg_every * terms["vgg"]
         if options.gan:
             with frozen(networks.discriminator):
                 terms["gan"] = gan.generator_loss(networks.discriminator(synthesis.image))
