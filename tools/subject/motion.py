@@ -1,11 +1,13 @@
 """The motion: pose (15) and expression (50) of every frame, smooth in time, ten frames a second."""
 
+from dataclasses import dataclass
+
 import numpy as np
 
 TRAIN_FRAMES, TEST_FRAMES = 96, 24
 LARGEST_YAW = np.radians(40)
 CLOSED_JAW = -0.025  # the mesh's lips are a little apart at rest
-# A face at rest is not symmetric, nor are its lips or lids slack.
+# No face is symmetric at rest; its lips are pressed a little, its lids a little down.
 REST = {
     "mouthSmileLeft": 0.06,
     "mouthSmileRight": 0.02,
@@ -24,20 +26,29 @@ def pulse(frame: float, center: float, half_width: float, hold: float = 0.0) -> 
     return 0.5 + 0.5 * np.cos(np.pi * distance) if distance < 1 else 0.0
 
 
+Wave = list[tuple[float, float, float]]  # height, period, phase
+Pulses = list[tuple[float, float, float, float]]  # centre, half width, hold, height
+
+
+@dataclass(frozen=True)
 class Script:
-    """Events by channel: (centre, half width, hold, height), in frames."""
+    """What happens in a video: waves and pulses with times in frames, angles in radians."""
 
-    def __init__(self, yaw, pitch, roll, gaze, jaw, blinks, events):
-        self.yaw, self.pitch, self.roll, self.gaze = yaw, pitch, roll, gaze
-        self.jaw, self.blinks, self.events = jaw, blinks, events
+    yaw: Wave
+    pitch: Wave
+    roll: Wave
+    gaze: Wave
+    jaw: Pulses
+    blinks: list[tuple[float, float, float]]  # centre, half width, hold
+    events: dict[str, Pulses]  # by the names in MIXTURES
 
-    @staticmethod
-    def wave(parts, frame: float) -> float:
-        return sum(height * np.sin(2 * np.pi * frame / period + phase) for height, period, phase in parts)
 
-    @staticmethod
-    def total(events, frame: float) -> float:
-        return sum(height * pulse(frame, center, width, hold) for center, width, hold, height in events)
+def wave_sum(waves: Wave, frame: float) -> float:
+    return sum(height * np.sin(2 * np.pi * frame / period + phase) for height, period, phase in waves)
+
+
+def pulse_sum(pulses: Pulses, frame: float) -> float:
+    return sum(height * pulse(frame, center, width, hold) for center, width, hold, height in pulses)
 
 
 TRAIN = Script(
@@ -45,8 +56,16 @@ TRAIN = Script(
     pitch=[(0.10, 41, 0.6), (0.07, 23, 2.0)],
     roll=[(0.07, 53, 1.1), (0.03, 19, 0.3)],
     gaze=[(0.16, 37, 1.0), (0.08, 17, 0.2)],
-    jaw=[(12, 7, 1, 0.30), (35, 4, 0, 0.14), (41, 4, 0, 0.20), (47, 4, 0, 0.10), (53, 6, 1, 0.36),
-         (68, 4, 0, 0.12), (74, 5, 0, 0.22), (86, 6, 1, 0.32)],  # fmt: skip
+    jaw=[
+        (12, 7, 1, 0.30),
+        (35, 4, 0, 0.14),
+        (41, 4, 0, 0.20),
+        (47, 4, 0, 0.10),
+        (53, 6, 1, 0.36),
+        (68, 4, 0, 0.12),
+        (74, 5, 0, 0.22),
+        (86, 6, 1, 0.32),
+    ],
     blinks=[(6, 3, 0.6), (22, 3, 0.4), (38, 3, 1.5), (57, 3, 0.5), (71, 3, 0.4), (81, 4, 1.0), (93, 3, 0.4)],
     events={
         "smile": [(24, 9, 3, 0.75), (63, 8, 2, 0.55), (86, 8, 2, 0.45)],
@@ -115,13 +134,13 @@ def expand(mixture: dict[str, float]) -> dict[str, float]:
 def parameters(script: Script, frame: float, names: list[str]) -> tuple[np.ndarray, np.ndarray]:
     """Pose (15) in axis-angle and expression (50) of one frame."""
     pose = np.zeros(15)
-    pose[3] = script.wave(script.pitch, frame)
-    pose[4] = np.clip(script.wave(script.yaw, frame), -LARGEST_YAW, LARGEST_YAW)
-    pose[5] = script.wave(script.roll, frame)
-    pose[6] = CLOSED_JAW + script.total(script.jaw, frame)
+    pose[3] = wave_sum(script.pitch, frame)
+    pose[4] = np.clip(wave_sum(script.yaw, frame), -LARGEST_YAW, LARGEST_YAW)
+    pose[5] = wave_sum(script.roll, frame)
+    pose[6] = CLOSED_JAW + pulse_sum(script.jaw, frame)
     # The eyes half stay with the camera while the head turns.
-    gaze_yaw = np.clip(script.wave(script.gaze, frame) - 0.35 * pose[4], -0.40, 0.40)
-    gaze_pitch = np.clip(-0.4 * pose[3] + 0.3 * script.wave(script.gaze, 1.7 * frame + 9), -0.2, 0.2)
+    gaze_yaw = np.clip(wave_sum(script.gaze, frame) - 0.35 * pose[4], -0.40, 0.40)
+    gaze_pitch = np.clip(-0.4 * pose[3] + 0.3 * wave_sum(script.gaze, 1.7 * frame + 9), -0.2, 0.2)
     pose[[9, 12]], pose[[10, 13]] = gaze_pitch, gaze_yaw
 
     values = dict(REST)
@@ -130,7 +149,7 @@ def parameters(script: Script, frame: float, names: list[str]) -> tuple[np.ndarr
         values[name] = values.get(name, 0.0) + value
 
     for event, mixture in MIXTURES.items():
-        strength = script.total(script.events.get(event, []), frame)
+        strength = pulse_sum(script.events.get(event, []), frame)
         for name, height in expand(mixture).items():
             add(name, strength * height)
     # An open mouth bares some teeth.
@@ -144,8 +163,7 @@ def parameters(script: Script, frame: float, names: list[str]) -> tuple[np.ndarr
         add(f"eyeLookDown{side}", 1.5 * max(gaze_pitch, 0) * (1 - blink))
         add(f"eyeLookUp{side}", 1.5 * max(-gaze_pitch, 0) * (1 - blink))
         add(f"eyeBlink{side}", blink)
-        for name in (f"mouthPress{side}",):
-            values[name] *= 1 - min(max(pose[6], 0) / 0.1, 1)
+        values[f"mouthPress{side}"] *= 1 - min(max(pose[6], 0) / 0.1, 1)
     unknown = values.keys() - set(names)
     if unknown:
         raise ValueError(f"the head has no expression {', '.join(sorted(unknown))}")

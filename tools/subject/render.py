@@ -11,7 +11,7 @@ from .clothes import Collar, Shirt
 from .eyes import Eyeball, Lashes, Teeth, Tongue
 from .geometry import Body
 from .hair import Brows, Hair
-from .skin import CLOTH, HAIR, LEFT_BROW, LEFT_EYE, MOUTH, RIGHT_BROW, RIGHT_EYE, SKIN, Skin
+from .skin import CLOTH, HAIR, LEFT_BROW, LEFT_EYE, MOUTH, RIGHT_BROW, RIGHT_EYE, Skin
 
 mitsuba.set_variant("scalar_rgb")
 
@@ -134,7 +134,9 @@ class Subject:
             posed.add_curves(f"wet{k}", "wet", wet[None], (0.0004, 0.0004), label)
         brows, hair = self.brows.posed(skin_points, bones), self.hair.posed(bones)
         for side, label in enumerate((LEFT_BROW, RIGHT_BROW)):
-            posed.add_curves(f"brow{side}", "hair1", brows[self.brows.sides == side], (0.00014, 0.00005), label)
+            posed.add_curves(
+                f"brow{side}", "hair1", brows[self.brows.sides == side], (0.00014, 0.00005), label
+            )
         for shade in range(3):
             strands = hair[self.hair.shades == shade]
             posed.add_curves(f"hair{shade}", f"hair{shade}", strands, (0.00023, 0.00008), HAIR)
@@ -188,8 +190,12 @@ class PosedScene:
     def render(self, size: int, samples: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Straight colours (H, W, 3), matte (H, W) and labels (H, W), all uint8."""
         scene = mitsuba.load_dict(self.content)
-        integrator = mitsuba.load_dict({"type": "path", "max_depth": MAX_DEPTH, "rr_depth": 3, "hide_emitters": True})
-        image = np.array(mitsuba.render(scene, sensor=camera(size, samples), integrator=integrator, seed=seed))
+        integrator = mitsuba.load_dict(
+            {"type": "path", "max_depth": MAX_DEPTH, "rr_depth": 3, "hide_emitters": True}
+        )
+        image = np.array(
+            mitsuba.render(scene, sensor=camera(size, samples), integrator=integrator, seed=seed)
+        )
         alpha = image[..., 3].clip(0, 1)
         straight = image[..., :3] / np.maximum(image[..., 3:], 1e-6)
         matte = (alpha * 255).round().astype(np.uint8)
@@ -236,4 +242,6 @@ def camera(size: int, samples: int, rfilter: str = "gaussian"):
 def encode_srgb(linear: np.ndarray) -> np.ndarray:
     """Linear light to sRGB in [0, 1] (IEC 61966-2-1)."""
     linear = linear.clip(0, 1)
-    return np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * np.maximum(linear, 1e-8) ** (1 / 2.4) - 0.055)
+    return np.where(
+        linear <= 0.0031308, 12.92 * linear, 1.055 * np.maximum(linear, 1e-8) ** (1 / 2.4) - 0.055
+    )

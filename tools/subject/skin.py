@@ -14,8 +14,14 @@ LIPS = np.array([0.46, 0.19, 0.17])
 INSIDE = np.array([0.50, 0.19, 0.17])
 HAIR_BROWN = np.array([0.085, 0.050, 0.030])
 LID_CLEARANCE = 0.0004
-MOLES = ((0.041, -0.030, 0.098, 0.0011), (-0.026, 0.006, 0.128, 0.0008), (-0.051, -0.045, 0.085, 0.0010),
-         (0.024, -0.078, 0.105, 0.0008), (-0.018, 0.064, 0.135, 0.0008))  # fmt: skip
+MOLES = (  # near which point, and how large
+    (0.041, -0.030, 0.098, 0.0011),
+    (-0.026, 0.006, 0.128, 0.0008),
+    (-0.051, -0.045, 0.085, 0.0010),
+    (0.024, -0.078, 0.105, 0.0008),
+    (-0.018, 0.064, 0.135, 0.0008),
+)
+EYE_RADIUS, CORNEA_HEIGHT = 0.0163, 0.0006
 
 
 class Skin(Part):
@@ -24,9 +30,8 @@ class Skin(Part):
     def __init__(self, body: Body, subdivisions: int = 2):
         faces = body.groups["body"]
         centers = body.vertices[faces].mean(1)
-        super().__init__(
-            body, faces[(centers[:, 1] > LOWEST) & (np.abs(centers[:, 0]) < WIDEST)], subdivisions
-        )
+        keep = (centers[:, 1] > LOWEST) & (np.abs(centers[:, 0]) < WIDEST)
+        super().__init__(body, faces[keep], subdivisions)
         self.lips, self.ears, self.lids, self.inside = (
             self.of_body(body.masks[name]) for name in ("lips", "ears", "eyelids", "inside-mouth")
         )
@@ -41,8 +46,8 @@ class Skin(Part):
 
     def _scalp_density(self) -> np.ndarray:
         """How much hair grows, in [0, 1]: an uneven hairline behind which it thickens over a centimetre."""
-        x, y, z = (self.rest - [0, 0.03, 0.03]).T
-        azimuth = np.arctan2(np.abs(x), z)
+        around = self.rest - [0, 0.03, 0.03]
+        azimuth = np.arctan2(np.abs(around[:, 0]), around[:, 2])
         height = np.interp(
             azimuth,
             [0, 0.30, 0.55, 0.85, 1.10, 1.30, 1.48, 1.62, 1.85, 2.3, 3.14],
@@ -56,8 +61,7 @@ class Skin(Part):
         return density * head * (self.ears < 0.25) * (self.inside < 0.1)
 
     def _paint(self) -> np.ndarray:
-        x, y, z = self.rest.T
-        front = smoothstep(z, 0.05, 0.09)
+        y, z = self.rest[:, 1], self.rest[:, 2]
         color = BASE * np.ones((len(self.rest), 1))
         # Mottling: blood in patches of a centimetre, melanin in specks of two millimetres.
         blood = 0.35 * wave_noise(self.rest, 150, 1) + 0.3 * wave_noise(self.rest, 420, 2)
@@ -75,12 +79,12 @@ class Skin(Part):
         forehead = bump(self.rest, [0, 0.075, 0.12], [0.05, 0.03, 0.05])
         color *= 1 + forehead[:, None] * [0.03, 0.05, 0.03]
         under_eyes = sum(
-            bump(self.rest, eye + [np.sign(eye[0]) * -0.003, -0.0175, 0.013], [0.014, 0.0055, 0.02])
+            bump(self.rest, eye + np.array([-0.003 * np.sign(eye[0]), -0.0175, 0.013]), [0.014, 0.0055, 0.02])
             for eye in self.eyes
         )
         color *= 1 - under_eyes[:, None] * [0.13, 0.17, 0.11]
         color *= 1 - self.lids[:, None].clip(0, 1) * [0.06, 0.13, 0.10]
-        stubble = smoothstep(y, -0.012, -0.040) * front * smoothstep(y, -0.118, -0.095)
+        stubble = smoothstep(y, -0.012, -0.040) * smoothstep(z, 0.05, 0.09) * smoothstep(y, -0.118, -0.095)
         stubble *= 1 - 0.8 * bump(self.rest, [0, -0.03, 0.12], [0.075, 0.03, 0.09])
         mustache = bump(self.rest, [0, -0.0185, 0.14], [0.026, 0.006, 0.03])
         stubble = (stubble + 0.6 * mustache) * (1 - smoothstep(self.lips, 0.1, 0.5))
@@ -153,9 +157,6 @@ def apply_lid_contact(points: np.ndarray, eyes: np.ndarray, bones: np.ndarray) -
     return points
 
 
-EYE_RADIUS = 0.0163
-
-
 def eyeball_radius(polar: np.ndarray) -> np.ndarray:
     """Distance of the eyeball's surface from its centre, `polar` radians off the gaze: the cornea bulges."""
-    return EYE_RADIUS + 0.0006 * smoothstep(polar, 0.50, 0.0)
+    return EYE_RADIUS + CORNEA_HEIGHT * smoothstep(polar, 0.50, 0.0)
