@@ -80,6 +80,27 @@ def test_embedded_subject_has_the_layout():
     assert len(frames) == 24
     assert frames.expression.shape == (24, 50)
     assert (frames.images[:, :, 0, 0] == 255).all()
+    assert len(load_frames(EMBEDDED_SUBJECT, "train", 64)) == 96
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_embedded_subject_turns_blinks_and_opens_its_mouth(head, split):
+    frames = load_frames(EMBEDDED_SUBJECT, split, 128)
+    blink = frames.expression[:, head.expression_names.index("eyeBlinkLeft")]
+    yaw, jaw = frames.pose[:, 4].rad2deg(), frames.pose[:, 6]
+    assert yaw.min() < -30
+    assert yaw.max() > 30
+    for closed_or_open in (blink > 0.95, jaw > 0.2):
+        begins = closed_or_open[1:] & ~closed_or_open[:-1]
+        assert begins.sum() >= 2
+    assert (frames.expression.amax(0) > 0.3).sum() >= 10
+    seen = {label: (frames.labels == label).sum((1, 2, 3)) for label in range(18)}
+    eyes = seen[4] + seen[5]
+    assert eyes[blink > 0.99].max() < eyes[blink < 0.2].min()
+    assert seen[11][jaw > 0.2].min() > seen[11][jaw < 0].max()
+    for label in (1, 2, 3, 10, 12, 13, 14, 16, 17):
+        assert (seen[label] > 0).all()
+    assert set(torch.unique(frames.labels).tolist()) == {0, 1, 2, 3, 4, 5, 7, 8, 10, 11, 12, 13, 14, 16, 17}
 
 
 def test_embedded_head_projects_onto_the_embedded_frames(head):
@@ -91,13 +112,14 @@ def test_embedded_head_projects_onto_the_embedded_frames(head):
     x, y = pixels[:, skin].clamp(0, 255).unbind(-1)
     rows = torch.arange(len(frames))[:, None]
     assert (frames.mattes[rows, 0, y, x] > 0).float().mean() > 0.98
-    eyes = frames.labels[:, 0] == 4
-    open_eyed = eyes.sum((1, 2)) > 30
-    assert open_eyed.sum() > 8
-    for frame in open_eyed.nonzero()[:, 0].tolist():
-        seen = eyes[frame].nonzero().float().mean(0)
-        eyeballs = pixels[frame, head.vertex_parts == head.part_names.index("eyes")].float().mean(0)
-        assert (seen.flip(0) - eyeballs).norm() < 12
+    for label, side in ((4, 1), (5, -1)):
+        eyeball = (head.vertex_parts == head.part_names.index("eyes")) & (head.template[:, 0] * side > 0)
+        seen = frames.labels[:, 0] == label
+        wide_open = (seen.sum((1, 2)) > 40).nonzero()[:, 0].tolist()
+        assert len(wide_open) >= 8
+        for frame in wide_open:
+            center = seen[frame].nonzero().float().mean(0).flip(0)
+            assert (center - pixels[frame, eyeball].float().mean(0)).norm() < 5
 
 
 @pytest.mark.parametrize(
