@@ -283,6 +283,8 @@ class AdversarialConfig(ReportConfig):
     inverter_rate: float = 0.002
     inverter_every: int = 1
     """Train the inverter at every n-th rendering step only."""
+    condition_rate: float = 0.002
+    """Of the generator's convolutions of the buffers."""
     point_feature_rate: float = 0.002
     beta1: float = 0.0
     beta2: float = 0.99

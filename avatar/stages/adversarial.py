@@ -126,7 +126,9 @@ class Adversarial(Stage):
             betas = (float(options.beta1) ** share, float(options.beta2) ** share)
             return torch.optim.Adam(groups, betas=betas)
 
-        painters = [*renderer.generator.parameters(), *renderer.latent.parameters()]
+        conditions, painters = [], list(renderer.latent.parameters())
+        for name, value in renderer.generator.named_parameters():
+            (conditions if ".inject." in name else painters).append(value)
         points = [
             value
             for name, value in student.named_parameters()
@@ -136,6 +138,7 @@ class Adversarial(Stage):
             "renderer": adam(
                 [
                     parameter_group(painters, options.generator_rate),
+                    parameter_group(conditions, options.condition_rate),
                     parameter_group([renderer.point_features], options.point_feature_rate),
                 ],
                 options.path_length_every if options.path_length else 0,
