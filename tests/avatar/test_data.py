@@ -119,7 +119,8 @@ def test_embedded_head_projects_onto_the_embedded_frames(head):
         assert len(wide_open) >= 8
         for frame in wide_open:
             center = seen[frame].nonzero().float().mean(0).flip(0)
-            assert (center - pixels[frame, eyeball].float().mean(0)).norm() < 8  # the lids lie a little before its centre
+            # What the lids leave open lies a centimetre before the eyeball's centre.
+            assert (center - pixels[frame, eyeball].float().mean(0)).norm() < 8
 
 
 @pytest.mark.parametrize(
