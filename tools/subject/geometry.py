@@ -135,10 +135,10 @@ class Body:
         """Vertices before skinning: (V, 3)."""
         return self.vertices + np.tensordot(expression, self.expressions, 1)
 
-    def bones(self, pose: np.ndarray) -> np.ndarray:
+    def bones(self, pose: np.ndarray, expression: np.ndarray) -> np.ndarray:
         """The embedded head's own bone transforms, in metres: (J, 3, 4)."""
-        bones = self.head.bone_transforms(torch.tensor(pose, dtype=torch.float32)[None])[0, 1:]
-        bones = bones.double().numpy()
+        parameters = (torch.tensor(values[None], dtype=torch.float32) for values in (expression, pose))
+        bones = self.head.bone_transforms(*parameters)[0, 1:].double().numpy()
         bones[..., 3] /= self.head.scale
         return bones
 

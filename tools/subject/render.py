@@ -114,7 +114,7 @@ class Subject:
 
     def scene(self, pose: np.ndarray, expression: np.ndarray) -> "PosedScene":
         posed = PosedScene(self.folder)
-        expressed, bones = self.body.expressed(expression), self.body.bones(pose)
+        expressed, bones = self.body.expressed(expression), self.body.bones(pose, expression)
         skin = self.skin
         skin_points = skin.posed(expressed, bones)
         posed.add_mesh("skin", "skin", skin_points, skin.faces, skin.color, skin.classes, skin.roughness)
