@@ -293,6 +293,8 @@ class AdversarialConfig(ReportConfig):
     vgg_every: int = 1
     vgg_size: int | None = None
     gan: float = 0.02
+    gan_from: int = 0
+    """First rendering step with the discriminator."""
     r1: float | None = None
     """R1's gamma; by default 2e-4 * size^2 / batch."""
     r1_every: int = 16

@@ -31,7 +31,7 @@ from avatar.stages.loop import (
     draw_batch,
     linear_decay,
     parameter_group,
-    perceptual_loss,
+    perceptual_to_frames,
     run_stage,
     set_rates,
     with_prefix,
@@ -106,7 +106,7 @@ class Adversarial(Stage):
         self.cache, self.cached_phase = FrameCache(config.cache_gigabytes), 0
         self.optimizers = self._build_optimizers()
         strongest = max(options.vgg, options.optimization_vgg)
-        self.perceptual = perceptual_loss("adversarial.vgg", strongest, options.vgg_size, device)
+        self.perceptual = perceptual_to_frames("adversarial.vgg", strongest, options.vgg_size, config, frames)
         self.r1_gamma = options.r1
         if self.r1_gamma is None:
             self.r1_gamma = 2e-4 * config.size**2 / options.batch
@@ -205,9 +205,10 @@ class Adversarial(Stage):
         terms = {"rgb": losses.rgb(synthesis.image, real)}
         total = options.rgb * terms["rgb"]
         if options.vgg and count % options.vgg_every == 0:
-            terms["vgg"] = self.perceptual(synthesis.image, real)
+            terms["vgg"] = self.perceptual(synthesis.image, index)
             total = total + options.vgg * options.vgg_every * terms["vgg"]
-        if options.gan:
+        adversary = options.gan > 0 and count >= options.gan_from
+        if adversary:
             with frozen(networks.discriminator):
                 terms["gan"] = gan.generator_loss(networks.discriminator(synthesis.image))
             total = total + options.gan * terms["gan"]
@@ -216,7 +217,7 @@ class Adversarial(Stage):
             total = total + options.path_length * options.path_length_every * terms["path"]
         self._update("renderer", total)
         networks.average.update(networks.renderer, len(index))
-        if options.gan:
+        if adversary:
             terms["discriminator"] = self._discriminate(real, synthesis.image.detach(), count)
         if count % options.inverter_every == 0:
             terms["inversion"] = gan.inversion_loss(networks.inverter, z, synthesis)
@@ -269,7 +270,7 @@ class Adversarial(Stage):
                 terms["optimization rgb"] = losses.rgb(synthesis.image, real)
                 total = total + options.optimization_rgb * terms["optimization rgb"]
             if options.optimization_vgg:
-                terms["optimization vgg"] = self.perceptual(synthesis.image, real)
+                terms["optimization vgg"] = self.perceptual(synthesis.image, index)
                 total = total + options.optimization_vgg * terms["optimization vgg"]
             if options.splat_rgb:
                 terms["splat rgb"] = losses.rgb(splats.image, real)

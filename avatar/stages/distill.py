@@ -27,6 +27,7 @@ from avatar.stages.loop import (
     below_prefix,
     draw_batch,
     linear_decay,
+    numbered,
     parameter_group,
     perceptual_loss,
     run_stage,
@@ -119,13 +120,15 @@ class Distillation(Stage):
         refined = self.teacher.refine(frames.expression[index], frames.pose[index], image)
         splats = self.teacher.avatar.draw(refined.posed, refined.colors, frames.camera(index))
         fused = self.config.distill.ce_features == "fused"
-        return {
+        taught = {
             "posed": refined.posed,
             "colors": refined.colors,
             "features": refined.features if fused else refined.point_features,
-            "image": splats.image,
             "mask": splats.mask,
         }
+        if self.perceptual:
+            taught |= numbered("tap", self.perceptual.target_features(splats.image))
+        return taught
 
     def step(self) -> dict[str, Tensor]:
         options, seed = self.config.distill, self.config.seed
@@ -195,7 +198,7 @@ class Distillation(Stage):
             projected = self.projection(refined.features)
             terms["ce"] = distillation.feature_cosine(projected, taught["features"])
         if self.perceptual and self.done % options.vgg_every == 0:
-            terms["vgg"] = self.perceptual(splats.image, taught["image"])
+            terms["vgg"] = self.perceptual(splats.image, list(below_prefix("tap", taught).values()))
         if options.mask:
             terms["mask"] = distillation.mask_consistency(splats.mask, taught["mask"])
         if options.rgb:

@@ -24,7 +24,7 @@ from avatar.stages.loop import (
     draw_batch,
     linear_decay,
     parameter_group,
-    perceptual_loss,
+    perceptual_to_frames,
     run_stage,
     set_rates,
     with_prefix,
@@ -140,7 +140,7 @@ class Fit(Stage):
         self.tracking_optimizer = torch.optim.SparseAdam(
             list(self.tracking.parameters()), lr=config.fit.tracking_rate
         )
-        self.perceptual = perceptual_loss("fit.vgg", config.fit.vgg, config.fit.vgg_size, device)
+        self.perceptual = perceptual_to_frames("fit.vgg", config.fit.vgg, config.fit.vgg_size, config, frames)
 
     def _build_optimizer(self) -> torch.optim.Adam:
         fit, avatar = self.config.fit, self.avatar
@@ -248,7 +248,7 @@ class Fit(Stage):
             "flame": flame_weight(fit, position.epoch) * losses.flame(avatar, points.fields),
         }
         if self.perceptual and position.epoch >= fit.vgg_from and position.step % fit.vgg_every == 0:
-            terms["vgg"] = fit.vgg * fit.vgg_every * self.perceptual(splats.image, target)
+            terms["vgg"] = fit.vgg * fit.vgg_every * self.perceptual(splats.image, index)
         terms["total"] = torch.stack(list(terms.values())).sum()
         return terms
 

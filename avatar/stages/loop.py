@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from avatar.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
-from avatar.config import ReportConfig, ScheduleConfig
+from avatar.config import ReportConfig, RunConfig, ScheduleConfig
 from avatar.data import Frames
 from avatar.errors import AvatarError, Stopped
 from avatar.imagenet_weights import WeightsUnavailable
@@ -177,3 +177,29 @@ def perceptual_loss(option: str, weight: float, size: int | None, device: torch.
         return VggLoss(size=size).to(device)
     except WeightsUnavailable as error:
         raise AvatarError(f"{error}; or train without the perceptual loss: --set {option}=0") from error
+
+
+class PerceptualToFrames:
+    """The perceptual loss to training frames, whose features are kept as far as memory allows."""
+
+    def __init__(self, loss: VggLoss, frames: Frames, gigabytes: float):
+        self.loss, self.frames, self.cache = loss, frames, FrameCache(gigabytes)
+
+    def __call__(self, image: Tensor, index: Tensor) -> Tensor:
+        """The loss of images (B, 3, H, W) to the frames `index` (B,)."""
+        return self.loss(image, list(self.cache.batch(index, self._features).values()))
+
+    def _features(self, frame: Tensor) -> dict[str, Tensor]:
+        return numbered("tap", self.loss.target_features(self.frames.image(frame)))
+
+
+def perceptual_to_frames(
+    option: str, weight: float, size: int | None, config: RunConfig, frames: Frames
+) -> PerceptualToFrames | None:
+    """As perceptual_loss, to the training frames."""
+    loss = perceptual_loss(option, weight, size, frames.images.device)
+    return None if loss is None else PerceptualToFrames(loss, frames, config.cache_gigabytes)
+
+
+def numbered(name: str, tensors: list[Tensor]) -> dict[str, Tensor]:
+    return {f"{name}.{index}": tensor for index, tensor in enumerate(tensors)}

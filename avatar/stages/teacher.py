@@ -26,7 +26,7 @@ from avatar.stages.loop import (
     draw_batch,
     linear_decay,
     parameter_group,
-    perceptual_loss,
+    perceptual_to_frames,
     run_stage,
     schedule_steps,
     set_rates,
@@ -85,7 +85,9 @@ class TeacherTraining(Stage):
         self.images = branch_images(frames)
         options = config.teacher_training
         self.optimizer = torch.optim.Adam([parameter_group(list(model.teacher.parameters()), options.rate)])
-        self.perceptual = perceptual_loss("teacher_training.vgg", options.vgg, options.vgg_size, device)
+        self.perceptual = perceptual_to_frames(
+            "teacher_training.vgg", options.vgg, options.vgg_size, config, frames
+        )
         self.done = 0
 
     @property
@@ -115,7 +117,7 @@ class TeacherTraining(Stage):
             "mask": options.mask * losses.mask(splats.mask, frames.matte(index)),
         }
         if self.perceptual and self.done % options.vgg_every == 0:
-            terms["vgg"] = options.vgg * options.vgg_every * self.perceptual(splats.image, target)
+            terms["vgg"] = options.vgg * options.vgg_every * self.perceptual(splats.image, index)
         terms["total"] = torch.stack(list(terms.values())).sum()
         self.optimizer.zero_grad(set_to_none=True)
         terms["total"].backward()

@@ -74,6 +74,7 @@ TINY = (
     "adversarial.path_length=1",
     "adversarial.path_length_every=2",
     "adversarial.splat_rgb=1",
+    "adversarial.gan_from=1",
     "adversarial.vgg=0",
     "adversarial.optimization_vgg=0",
     "adversarial.checkpoint_every=2",
