@@ -14,10 +14,9 @@ from torch import Tensor, nn
 
 from avatar import gan, losses
 from avatar.camera import Camera
-from avatar.checkpoint import Checkpoint, latest_checkpoint, pack_optimizer, unpack_optimizer
+from avatar.checkpoint import Checkpoint, pack_optimizer, unpack_optimizer
 from avatar.config import AdversarialConfig, RunConfig
 from avatar.data import Frames
-from avatar.errors import AvatarError
 from avatar.head import HeadModel
 from avatar.models.discriminator import Discriminator
 from avatar.models.inverter import Inverter
@@ -34,6 +33,7 @@ from avatar.stages.loop import (
     perceptual_to_frames,
     run_stage,
     set_rates,
+    trained_checkpoint,
     with_prefix,
 )
 
@@ -339,9 +339,7 @@ def load_renderer(
 ) -> tuple[StudentModel, Renderer]:
     """The student as this stage left it and the averaged renderer, in evaluation mode."""
     model = load_student(folder, config, head, device, STAGE)
-    checkpoint = latest_checkpoint(folder / "checkpoints", STAGE)
-    if checkpoint is None:
-        raise AvatarError(f"{folder}: holds no checkpoint of the stage '{STAGE}'; train it first")
+    checkpoint = trained_checkpoint(folder, STAGE)
     renderer = create_networks(config, model).average.model
     renderer.load_state_dict(below_prefix("networks.average.model", checkpoint.tensors))
     return model, renderer.to(device).eval()

@@ -9,10 +9,9 @@ from torch import Tensor, nn
 
 from avatar import distillation, losses
 from avatar.camera import Camera
-from avatar.checkpoint import Checkpoint, latest_checkpoint, pack_optimizer, unpack_optimizer
+from avatar.checkpoint import Checkpoint, pack_optimizer, unpack_optimizer
 from avatar.config import RunConfig
 from avatar.data import Frames
-from avatar.errors import AvatarError
 from avatar.head import HeadModel
 from avatar.models.point_avatar import PointAvatar, PosedPoints
 from avatar.models.point_features import Pyramid, build_pyramid
@@ -34,6 +33,7 @@ from avatar.stages.loop import (
     schedule_steps,
     set_rates,
     set_training,
+    trained_checkpoint,
     with_prefix,
 )
 from avatar.stages.teacher import TeacherModel, branch_images, load_teacher
@@ -287,9 +287,7 @@ def load_student(
     folder: Path, config: RunConfig, head: HeadModel, device: torch.device, stage: str = STAGE
 ) -> StudentModel:
     """The student as a stage left it, in evaluation mode."""
-    checkpoint = latest_checkpoint(folder / "checkpoints", stage)
-    if checkpoint is None:
-        raise AvatarError(f"{folder}: holds no checkpoint of the stage '{stage}'; train it first")
+    checkpoint = trained_checkpoint(folder, stage)
     state = below_prefix("student", checkpoint.tensors)
     student = Student(
         config.student,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from avatar import losses
 from avatar.camera import Camera
-from avatar.checkpoint import Checkpoint, latest_checkpoint, pack_optimizer, unpack_optimizer
+from avatar.checkpoint import Checkpoint, pack_optimizer, unpack_optimizer
 from avatar.config import FitConfig, RunConfig
 from avatar.data import Frames
 from avatar.errors import AvatarError
@@ -27,6 +27,7 @@ from avatar.stages.loop import (
     perceptual_to_frames,
     run_stage,
     set_rates,
+    trained_checkpoint,
     with_prefix,
 )
 
@@ -80,9 +81,7 @@ def create_avatar(config: RunConfig, head: HeadModel, frames: Frames) -> PointAv
 
 def load_avatar(folder: Path, config: RunConfig, head: HeadModel) -> PointAvatar:
     """The trained avatar of a run."""
-    checkpoint = latest_checkpoint(folder / "checkpoints", STAGE)
-    if checkpoint is None:
-        raise AvatarError(f"{folder}: holds no checkpoint of the stage '{STAGE}'; train it first")
+    checkpoint = trained_checkpoint(folder, STAGE)
     avatar = PointAvatar(
         config.point_avatar,
         head.with_shape(torch.tensor(checkpoint.values["shape"])),

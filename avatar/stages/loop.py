@@ -87,6 +87,18 @@ def save(stage: Stage, checkpoints: Path) -> None:
     save_checkpoint(checkpoints, checkpoint)
 
 
+def trained_checkpoint(folder: Path, stage: str) -> Checkpoint:
+    """The last checkpoint a stage has left in a run folder.
+
+    Raises:
+        AvatarError: there is none.
+    """
+    checkpoint = latest_checkpoint(folder / "checkpoints", stage)
+    if checkpoint is None:
+        raise AvatarError(f"{folder}: holds no checkpoint of the stage '{stage}'; train it first")
+    return checkpoint
+
+
 class FrameCache:
     """Keeps what is computed of each frame by parts that do not change, as far as memory allows.
 

@@ -8,10 +8,9 @@ from torch import Tensor
 
 from avatar import losses
 from avatar.camera import Camera
-from avatar.checkpoint import Checkpoint, latest_checkpoint, pack_optimizer, unpack_optimizer
+from avatar.checkpoint import Checkpoint, pack_optimizer, unpack_optimizer
 from avatar.config import RunConfig
 from avatar.data import Frames
-from avatar.errors import AvatarError
 from avatar.head import HeadModel
 from avatar.models.point_avatar import PointAvatar
 from avatar.models.point_features import Pyramid, build_pyramid
@@ -31,6 +30,7 @@ from avatar.stages.loop import (
     schedule_steps,
     set_rates,
     set_training,
+    trained_checkpoint,
     with_prefix,
 )
 
@@ -177,9 +177,7 @@ def train_teacher(
 
 def load_teacher(folder: Path, config: RunConfig, head: HeadModel, device: torch.device) -> TeacherModel:
     """The trained teacher of a run, in evaluation mode."""
-    checkpoint = latest_checkpoint(folder / "checkpoints", STAGE)
-    if checkpoint is None:
-        raise AvatarError(f"{folder}: holds no checkpoint of the stage '{STAGE}'; train it first")
+    checkpoint = trained_checkpoint(folder, STAGE)
     teacher = create_teacher(config)
     teacher.load_state_dict(below_prefix("teacher", checkpoint.tensors))
     avatar = load_avatar(folder, config, head).to(device)
