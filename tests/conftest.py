@@ -15,7 +15,32 @@ def pytest_addoption(parser):
     parser.addoption(
         "--isa", action="append", help="run the op tests on this instruction set only (repeatable)"
     )
+    parser.addoption(
+        "--hostcuda",
+        metavar="LIBRARY",
+        help="run the op tests on CUDA kernels that were compiled for the host",
+    )
+    parser.addoption("--op", action="append", help="of the op tests, run those of this op only (repeatable)")
     parser.addoption("--large", action="store_true", help="also run the tests that need 18 GB of memory")
+
+
+def pytest_configure(config):
+    # In this process the library takes the place of the CPU kernels, for good.
+    if library := config.getoption("hostcuda"):
+        torch.ops.load_library(library)
+
+
+def pytest_collection_modifyitems(config, items):
+    ops = config.getoption("op")
+    if not ops:
+        return
+
+    def is_of(item):
+        case = item.callspec.params.get("case") if hasattr(item, "callspec") else None
+        return case.op in ops if case else item.path.stem.removeprefix("test_") in ops
+
+    config.hook.pytest_deselected(items=[item for item in items if not is_of(item)])
+    items[:] = [item for item in items if is_of(item)]
 
 
 def pytest_ignore_collect(collection_path, config):

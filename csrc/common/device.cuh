@@ -1,0 +1,97 @@
+// What every kernel needs and torch has no part in. nvcc compiles it for the device; without nvcc,
+// csrc/hostcuda stands in for CUDA and the same kernels run on the host, in tests.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <cstdio>
+#include <stdexcept>
+#include <string>
+
+// AVATAR_SHARED(float, tile, 64) declares `tile`, an array of 64 floats that the block shares; the size is a
+// constant. AVATAR_DYNAMIC_SHARED(float, tile) declares a pointer to the shared bytes that the launch asks
+// for.
+//
+// AVATAR_DEVICE_ASSERT(condition, format, ...) checks data, such as an index, in a kernel. On the device a
+// failure prints the condition and ends the program's use of the device (cudaErrorAssert), in release builds
+// too; on the host it is std::out_of_range with the formatted message, which Python sees as IndexError.
+#if defined(__CUDACC__)
+#define AVATAR_SHARED(type, name, count) __shared__ type name[count]
+#define AVATAR_DYNAMIC_SHARED(type, name)                                \
+  extern __shared__ __align__(16) unsigned char avatar_dynamic_shared[]; \
+  type* const name = reinterpret_cast<type*>(avatar_dynamic_shared)
+#define AVATAR_DEVICE_ASSERT(condition, ...)                                              \
+  do {                                                                                    \
+    if (!(condition)) __assert_fail(#condition, __FILE__, __LINE__, __PRETTY_FUNCTION__); \
+  } while (0)
+#else
+#define AVATAR_SHARED(type, name, count)             \
+  static char name##_key;                            \
+  type(&name)[count] = *static_cast<type(*)[count]>( \
+      ::hostcuda::shared_array(&name##_key, sizeof(type) * (count), alignof(type)))
+#define AVATAR_DYNAMIC_SHARED(type, name) type* const name = static_cast<type*>(::hostcuda::dynamic_shared())
+#define AVATAR_DEVICE_ASSERT(condition, ...)                 \
+  do {                                                       \
+    if (!(condition)) ::avatar::raise_bad_data(__VA_ARGS__); \
+  } while (0)
+#endif
+
+namespace avatar {
+
+constexpr int kWarpSize = 32;
+// A block may ask for more dynamic shared memory than this only with the kernel's attribute set.
+constexpr size_t kPlainSharedBytes = 48 << 10;
+
+inline void check_cuda(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) {
+    throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+  }
+}
+
+// Every kernel starts here. An empty grid is no work, not an error.
+template <typename... Parameters, typename... Arguments>
+void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared,
+            [[maybe_unused]] cudaStream_t stream, const Arguments&... arguments) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  if (shared > kPlainSharedBytes) {
+    check_cuda(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
+        name);
+  }
+#if defined(__CUDACC__)
+  kernel<<<grid, block, shared, stream>>>(arguments...);
+#else
+  hostcuda::launch(reinterpret_cast<const void*>(kernel), name, grid, block, shared,
+                   [&] { kernel(arguments...); });
+#endif
+  check_cuda(cudaGetLastError(), name);
+}
+
+#if !defined(__CUDACC__)
+template <typename... Values>
+[[noreturn]] void raise_bad_data(const char* format, Values... values) {
+  char message[256];
+  std::snprintf(message, sizeof message, format, values...);
+  throw std::out_of_range(message);
+}
+#endif
+
+// Sum over a block, in an order that depends on its size alone; every thread gets it. The block has a
+// multiple of kWarpSize threads, at most 1024.
+template <typename T>
+__device__ T block_sum(T value) {
+  AVATAR_SHARED(T, partial, kWarpSize);
+  for (int step = kWarpSize / 2; step > 0; step /= 2) value += __shfl_xor_sync(0xffffffffu, value, step);
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  if (lane == 0) partial[warp] = value;
+  __syncthreads();
+  const int warps = blockDim.x / kWarpSize;
+  value = lane < warps ? partial[lane] : T(0);
+  for (int step = kWarpSize / 2; step > 0; step /= 2) value += __shfl_xor_sync(0xffffffffu, value, step);
+  __syncthreads();
+  return value;
+}
+
+}  // namespace avatar
