@@ -20,6 +20,11 @@ def pytest_addoption(parser):
         metavar="LIBRARY",
         help="run the op tests on CUDA kernels that were compiled for the host",
     )
+    parser.addoption(
+        "--hostcuda-variant",
+        action="append",
+        help="plain (default), sanitize or race: the builds of csrc/hostcuda to run the op tests on (repeatable)",
+    )
     parser.addoption("--op", action="append", help="of the op tests, run those of this op only (repeatable)")
     parser.addoption("--large", action="store_true", help="also run the tests that need 18 GB of memory")
 

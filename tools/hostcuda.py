@@ -101,7 +101,10 @@ def kernels_of(source: Path) -> list[str]:
     """Names of the __global__ functions that a source defines."""
     text = re.sub(r"//[^\n]*|/\*.*?\*/", "", source.read_text(), flags=re.DOTALL)
     text = re.sub(r"__launch_bounds__\((?:[^()]|\([^()]*\))*\)", "", text)
-    return re.findall(r"__global__[^();{}]*?(\w+)\s*\(", text)
+    names = re.findall(r"__global__[^();{}]*?(\w+)\s*\(", text)
+    if len(names) != text.count("__global__"):
+        raise ValueError(f"{source}: expected a name and parameters after each __global__, got {names}")
+    return names
 
 
 def launched_kernels(built: Path, log: Path) -> set[str]:

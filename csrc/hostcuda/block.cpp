@@ -282,9 +282,10 @@ uint64_t warp_call(unsigned mask, uint64_t value, int argument, int width, Answe
     const Thread& other = running.threads[first + lane];
     if (other.state == State::done) complain("but " + describe(first + lane) + " has returned");
     if (lane == own) continue;
-    if (other.state != State::in_warp_call) {
-      complete = false;
-    } else if (other.mask != mask || !(other.site == site)) {
+    const bool same = other.state == State::in_warp_call && other.mask == mask && other.site == site;
+    complete &= same;
+    // Lanes that wait for each other at different operations never go on.
+    if (other.state == State::in_warp_call && !same && (other.mask >> own & 1)) {
       complain("but " + describe(first + lane) + " waits at " + describe(other.site) +
                " or with another mask");
     }

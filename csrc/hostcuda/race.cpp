@@ -8,6 +8,7 @@
 #include <array>
 #include <cstdint>
 #include <cstdio>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 #include <unordered_map>
@@ -59,16 +60,25 @@ bool ordered(const Access& before, const Access& now) {
          state.clocks[now.thread][before.thread % kWarpSize] >= before.clock;
 }
 
-std::string describe(const Access& access, bool writes) {
+// As addr2line tells it, where that is installed.
+std::string source_line(const void* code) {
   Dl_info info{};
-  dladdr(access.code, &info);
-  char code[32];
-  std::snprintf(
-      code, sizeof code, "+0x%zx",
-      static_cast<size_t>(static_cast<const char*>(access.code) - static_cast<char*>(info.dli_fbase)));
-  return std::string(writes ? "write" : "read") + " by thread " + std::to_string(access.thread) +
-         " of the block run as number " + std::to_string(access.block) + " (" +
-         (info.dli_fname ? info.dli_fname : "?") + code + ")";
+  if (!dladdr(code, &info)) return "?";
+  // A return address: the call is the instruction before.
+  const auto offset = static_cast<const char*>(code) - static_cast<char*>(info.dli_fbase) - 1;
+  char place[64], line[512] = {};
+  std::snprintf(place, sizeof place, "0x%zx", static_cast<size_t>(offset));
+  const std::string command = std::string("addr2line -e '") + info.dli_fname + "' " + place + " 2>/dev/null";
+  if (FILE* pipe = popen(command.c_str(), "r")) {
+    if (std::fgets(line, sizeof line, pipe)) line[std::strcspn(line, "\n")] = 0;
+    pclose(pipe);
+  }
+  return *line ? line : info.dli_fname + std::string("+") + place;
+}
+
+std::string describe(const Access& access, bool writes) {
+  return std::string(writes ? "write" : "read") + " at " + source_line(access.code) + " by thread " +
+         std::to_string(access.thread) + " of the block that ran as number " + std::to_string(access.block);
 }
 
 void check(const Access& before, bool before_writes, const Access& now, bool now_writes) {
@@ -190,5 +200,25 @@ AVATAR_EXPORTED void __tsan_func_entry(void*) {}
 AVATAR_EXPORTED void __tsan_func_exit() {}
 AVATAR_EXPORTED void __tsan_vptr_update(void**, void*) {}
 AVATAR_EXPORTED void __tsan_vptr_read(void**) {}
+
+// Atomics of launchers, such as reference counts; kernels have their own (device_functions.h).
+#define AVATAR_HOST_ATOMIC(bits)                                                                        \
+  AVATAR_EXPORTED uint##bits##_t __tsan_atomic##bits##_load(const volatile uint##bits##_t* a, int) {    \
+    return __atomic_load_n(a, __ATOMIC_SEQ_CST);                                                        \
+  }                                                                                                     \
+  AVATAR_EXPORTED void __tsan_atomic##bits##_store(volatile uint##bits##_t* a, uint##bits##_t v, int) { \
+    __atomic_store_n(a, v, __ATOMIC_SEQ_CST);                                                           \
+  }                                                                                                     \
+  AVATAR_EXPORTED uint##bits##_t __tsan_atomic##bits##_fetch_add(volatile uint##bits##_t* a,            \
+                                                                 uint##bits##_t v, int) {               \
+    return __atomic_fetch_add(a, v, __ATOMIC_SEQ_CST);                                                  \
+  }                                                                                                     \
+  AVATAR_EXPORTED uint##bits##_t __tsan_atomic##bits##_fetch_sub(volatile uint##bits##_t* a,            \
+                                                                 uint##bits##_t v, int) {               \
+    return __atomic_fetch_sub(a, v, __ATOMIC_SEQ_CST);                                                  \
+  }
+AVATAR_HOST_ATOMIC(8)
+AVATAR_HOST_ATOMIC(32)
+AVATAR_HOST_ATOMIC(64)
 
 #endif
