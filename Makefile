@@ -6,10 +6,10 @@ BIN := $(VENV)/bin
 TORCH ?= torch>=2.11 torchvision
 BUILD_TOOLS := "setuptools>=77" wheel "pybind11>=2.12" ninja "cmake>=3.25" numpy
 NATIVE_SOURCES := CMakeLists.txt setup.py $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.cmake')
-NATIVE_FORMATTED := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+NATIVE_FORMATTED := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 SANITIZE := build/sanitize
 
-.PHONY: setup demo test lint format bench sanitize wheel clean
+.PHONY: setup demo test lint format bench sanitize cuda-sanitize cuda-coverage wheel clean
 
 setup: $(VENV)/built $(VENV)/extra-avatar $(VENV)/extra-dev
 
@@ -59,6 +59,16 @@ sanitize: setup
 	PYTHONPATH=$(SANITIZE)/lib LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0:protect_shadow_gap=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  $(BIN)/pytest tests/ops -k "not compile and not export and not opcheck" $(TEST)
+
+# The op tests on the CUDA kernels, compiled for the host with the sanitizers and with a detector of data races,
+# and the broken kernels that each has to catch.
+cuda-sanitize: setup
+	$(BIN)/python -m pytest tests/hostcuda --hostcuda-variant sanitize --hostcuda-variant race $(TEST)
+	$(BIN)/python -m pytest tests/hostcuda/test_programs.py --hostcuda-variant ucontext $(TEST)
+
+# Which lines of device code the op tests reach.
+cuda-coverage: setup
+	$(BIN)/python tools/cuda_coverage.py --fail-under 95
 
 # Builds the wheel into dist/ and tries it away from the sources.
 wheel: $(VENV)/installed

@@ -23,7 +23,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--hostcuda-variant",
         action="append",
-        help="plain (default), sanitize or race: the builds of csrc/hostcuda to run the op tests on (repeatable)",
+        help="plain (default), sanitize, race or ucontext: builds of csrc/hostcuda to test (repeatable)",
     )
     parser.addoption("--op", action="append", help="of the op tests, run those of this op only (repeatable)")
     parser.addoption("--large", action="store_true", help="also run the tests that need 18 GB of memory")

@@ -10,6 +10,10 @@
 #include <stdexcept>
 #include <string>
 
+#if defined(__CUDACC__)
+#include <torch/headeronly/macros/Macros.h>
+#endif
+
 // AVATAR_SHARED(float, tile, 64) declares `tile`, an array of 64 floats that the block shares; the size is a
 // constant. AVATAR_DYNAMIC_SHARED(float, tile) declares a pointer to the shared bytes that the launch asks
 // for.
@@ -22,9 +26,9 @@
 #define AVATAR_DYNAMIC_SHARED(type, name)                                \
   extern __shared__ __align__(16) unsigned char avatar_dynamic_shared[]; \
   type* const name = reinterpret_cast<type*>(avatar_dynamic_shared)
-#define AVATAR_DEVICE_ASSERT(condition, ...)                                              \
-  do {                                                                                    \
-    if (!(condition)) __assert_fail(#condition, __FILE__, __LINE__, __PRETTY_FUNCTION__); \
+#define AVATAR_DEVICE_ASSERT(condition, ...) \
+  do {                                       \
+    CUDA_KERNEL_ASSERT(condition)            \
   } while (0)
 #else
 #define AVATAR_SHARED(type, name, count)             \
@@ -41,8 +45,9 @@
 namespace avatar {
 
 constexpr int kWarpSize = 32;
-// A block may ask for more dynamic shared memory than this only with the kernel's attribute set.
-constexpr size_t kPlainSharedBytes = 48 << 10;
+// Blocks have 48 KiB of shared memory, and more only where the kernel's attribute says so; it is set beyond
+// this much dynamic shared memory, to leave room for arrays of fixed size.
+constexpr size_t kPlainSharedBytes = 16 << 10;
 
 inline void check_cuda(cudaError_t error, const char* what) {
   if (error != cudaSuccess) {

@@ -24,8 +24,8 @@ dim3 blockDim, gridDim;
 namespace hostcuda {
 namespace {
 
-constexpr size_t kStaticLimit = 48 << 10;    // without a kernel's consent to more
-constexpr size_t kDynamicLimit = 163 << 10;  // of sm_80, the least of those built for
+constexpr size_t kPlainLimit = 48 << 10;    // of shared memory, without a kernel's consent to more
+constexpr size_t kDeviceLimit = 163 << 10;  // of sm_80, the least of those built for
 constexpr size_t kRedzone = 64;
 constexpr unsigned char kPoison = 0xff, kCanary = 0xa5;
 
@@ -131,7 +131,7 @@ void thread_main() {
   Fiber::entered();
   try {
     (*running.body)();
-    for (size_t rank = 0; rank < running.count; ++rank) {
+    for (size_t rank = 0; running.waiting && rank < running.count; ++rank) {
       const Thread& other = running.threads[rank];
       if (other.state == State::at_barrier) {
         fail("returned, but " + describe(rank) + " waits at the barrier " + describe(other.site));
@@ -203,7 +203,7 @@ void run_block(uint3 index, size_t shared, std::vector<size_t>& order) {
   check_overruns();
 }
 
-void check_configuration(const char* name, dim3 grid, dim3 block, size_t shared) {
+void check_configuration(const char* name, dim3 grid, dim3 block, size_t shared, size_t shared_limit) {
   const auto refuse = [&](const std::string& what) {
     throw std::runtime_error(std::string(name) + ": invalid configuration argument: " + what);
   };
@@ -211,7 +211,7 @@ void check_configuration(const char* name, dim3 grid, dim3 block, size_t shared)
   if (threads < 1 || threads > 1024 || block.z > 64)
     refuse("block of " + std::to_string(threads) + " threads");
   if (grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) refuse("grid too large");
-  if (shared > running.shared_limit) refuse(std::to_string(shared) + " bytes of shared memory");
+  if (shared > shared_limit) refuse(std::to_string(shared) + " bytes of shared memory");
 }
 
 // AVATAR_HOSTCUDA_LOG names a file that gets a line for each kernel that was launched: its address within the
@@ -341,8 +341,10 @@ void launch(const void* kernel, const char* name, dim3 grid, dim3 block, size_t 
             const std::function<void()>& body) {
   const std::lock_guard<std::mutex> lock(one_launch_at_a_time);
   const auto limit = dynamic_limits.find(kernel);
-  running.shared_limit = limit == dynamic_limits.end() ? kStaticLimit : std::max(kStaticLimit, limit->second);
-  check_configuration(name, grid, block, shared);
+  const bool consents = limit != dynamic_limits.end();
+  running.shared_limit = consents ? kDeviceLimit : kPlainLimit;
+  check_configuration(name, grid, block, shared,
+                      consents ? std::max(kPlainLimit, limit->second) : kPlainLimit);
   record_launch(kernel);
   blockDim = block;
   gridDim = grid;
@@ -373,8 +375,7 @@ void launch(const void* kernel, const char* name, dim3 grid, dim3 block, size_t 
 }
 
 void allow_dynamic_shared(const void* kernel, size_t bytes) {
-  if (bytes > kDynamicLimit)
-    throw std::runtime_error("hostcuda: sm_80 has less shared memory than asked for");
+  if (bytes > kDeviceLimit) throw std::runtime_error("hostcuda: sm_80 has less shared memory than asked for");
   dynamic_limits[kernel] = bytes;
 }
 
