@@ -26,7 +26,7 @@ from avatar.stages.adversarial import (
     schedule_moment,
 )
 from avatar.stages.distill import Distillation, create_student, load_student
-from avatar.stages.loop import FrameCache, linear_decay
+from avatar.stages.loop import FrameCache, PerceptualToFrames, linear_decay
 from avatar.stages.teacher import NearestFrames, TeacherTraining, load_teacher
 
 CPU = torch.device("cpu")
@@ -228,6 +228,29 @@ def test_frame_cache_keeps_to_its_budget():
     for _ in range(2):
         assert cache.batch(torch.tensor([0, 1]), make)["value"][:, 0].tolist() == [0, 1]
     assert made == [0, 1, 1]
+
+
+def test_perceptual_features_of_frames_are_computed_once(frames):
+    class Mean(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.asked = 0
+
+        def target_features(self, image):
+            self.asked += len(image)
+            return [image.mean(1), image.amax(1)]
+
+        def forward(self, image, target):
+            assert len(target) == 2
+            return (image.mean(1) - target[0]).abs().mean() + (image.amax(1) - target[1]).abs().mean()
+
+    loss = Mean()
+    to_frames = PerceptualToFrames(loss, frames, 1.0)
+    image, index = torch.rand(2, 3, 32, 32), torch.tensor([4, 1])
+    expected = loss(image, loss.target_features(frames.image(index)))
+    for _ in range(2):
+        assert torch.equal(to_frames(image, index), expected)
+    assert loss.asked == 4
 
 
 def test_full_method_paints_nothing_before_it_is_trained(undisturbed, config, frames):
