@@ -241,7 +241,7 @@ def test_interrupt_saves_and_the_same_command_goes_on(dataset, tmp_path, capsys,
 
 def test_presets_differ_and_overrides_are_typed():
     small, paper = make_config("x", "small"), make_config("x", "paper")
-    assert (small.size, small.point_avatar.points, small.fit.epochs) == (128, small.point_avatar.points, 8)
+    assert (small.size, small.point_avatar.points, small.fit.epochs) == (128, small.point_avatar.points, 7)
     assert (paper.size, paper.point_avatar.points, paper.fit.epochs) == (512, 400, 63)
     assert paper.evaluate.refine_steps == 20
     changed = make_config(
