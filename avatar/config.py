@@ -338,7 +338,7 @@ class RunConfig:
     size: int = 512
     seed: int = 0
     cache_gigabytes: float = 2.0
-    """Memory for what frozen networks give of each frame."""
+    """Kept at most by each of a stage's caches of what frozen networks give of the frames."""
     point_avatar: PointAvatarConfig = field(default_factory=PointAvatarConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
