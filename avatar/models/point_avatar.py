@@ -129,7 +129,7 @@ class PointAvatar(nn.Module):
         self.config = config
         self.head = head
         self.radius = config.start_radius()
-        canonical_pose = torch.zeros(3 * len(head.parents))
+        canonical_pose = canonical_expression.new_zeros(3 * len(head.parents))
         canonical_pose[3 * JAW] = config.jaw_opening
         self.register_buffer("canonical_expression", canonical_expression.clone())
         self.register_buffer("expression_variance", expression_variance.clone())

@@ -94,6 +94,13 @@ def test_sdf_in_chunks_equals_the_whole(head, monkeypatch, points):
         torch.testing.assert_close(part, expected.detach(), rtol=1e-5, atol=1e-6)
 
 
+def test_an_avatar_is_made_where_its_head_is(head):
+    on_device = copy.deepcopy(head).to("meta")
+    expression = torch.zeros(50, device="meta")
+    avatar = PointAvatar(PointAvatarConfig(points=10), on_device, expression, expression)
+    assert avatar.canonical_vertices.device == expression.device
+
+
 def test_warp_is_the_identity_at_the_canonical_parameters(flame):
     """Equal weights and zero fields at first: the canonical frame leaves every point where it is."""
     avatar = PointAvatar(PointAvatarConfig(), flame, torch.rand(50), torch.ones(50))
