@@ -20,7 +20,7 @@ from avatar.models.renderer import Renderer
 from avatar.presets import differences, from_json, to_json
 from avatar.stages.adversarial import draw_full, load_renderer, train_adversarial
 from avatar.stages.distill import StudentModel, distill, draw_student, load_student
-from avatar.stages.fit import draw_avatar, fit, load_avatar
+from avatar.stages.fit import correct_tracking, draw_avatar, fit, load_avatar
 from avatar.stages.teacher import NearestFrames, branch_images, draw_teacher, load_teacher, train_teacher
 
 EMBEDDED = "embedded"
@@ -123,7 +123,7 @@ def model_loaders(run: Run) -> dict[str, Callable[[], Draw]]:
         raise AvatarError(f"{folder}: holds no checkpoint of the stage 'fit'; train it first")
 
     def teacher() -> Draw:
-        frames = run.frames("train").to(device)
+        frames = correct_tracking(folder, run.frames("train")).to(device)
         nearest = NearestFrames(frames, branch_images(frames))
         return draw_teacher(load_teacher(folder, config, head, device), nearest)
 

@@ -23,6 +23,7 @@ from avatar.models.inverter import Inverter
 from avatar.models.renderer import Renderer, RenderInput
 from avatar.random import keyed_generator
 from avatar.stages.distill import StudentModel, load_student, student_values
+from avatar.stages.fit import correct_tracking
 from avatar.stages.loop import (
     FrameCache,
     Stage,
@@ -329,7 +330,7 @@ def train_adversarial(
     """
     model = load_student(folder, config, head, device)
     networks = create_networks(config, model).to(device)
-    run = Adversarial(config, model, networks, frames.to(device), device)
+    run = Adversarial(config, model, networks, correct_tracking(folder, frames).to(device), device)
     run_stage(run, config.adversarial, folder, should_stop)
     return networks
 

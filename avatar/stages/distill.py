@@ -19,6 +19,7 @@ from avatar.models.refined import Refined
 from avatar.models.student import Student
 from avatar.random import keyed_generator
 from avatar.splatting import Splats
+from avatar.stages.fit import correct_tracking
 from avatar.stages.loop import (
     FrameCache,
     Stage,
@@ -277,7 +278,7 @@ def distill(
     teacher = load_teacher(folder, config, head, device)
     model = create_student(config, teacher.avatar)
     model.student.to(device)
-    run = Distillation(config, teacher, model, frames.to(device), device)
+    run = Distillation(config, teacher, model, correct_tracking(folder, frames).to(device), device)
     run_stage(run, config.distill, folder, should_stop)
     model.student.eval()
     return model

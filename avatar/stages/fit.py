@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -33,6 +33,7 @@ from avatar.stages.loop import (
 
 STAGE = "fit"
 MILESTONES = (40, 60)
+TRACKED = ("expression", "pose", "translation")
 
 
 @dataclass
@@ -53,7 +54,7 @@ class Tracking(nn.Module):
 
     def __init__(self, frames: Frames):
         super().__init__()
-        for name in ("expression", "pose", "translation"):
+        for name in TRACKED:
             start = getattr(frames, name).clone()
             setattr(self, name, nn.Embedding.from_pretrained(start, freeze=False, sparse=True))
 
@@ -90,6 +91,12 @@ def load_avatar(folder: Path, config: RunConfig, head: HeadModel) -> PointAvatar
     )
     _restore_avatar(avatar, checkpoint)
     return avatar
+
+
+def correct_tracking(folder: Path, frames: Frames) -> Frames:
+    """The training frames with the tracking that a run's fit has corrected, which its points go with."""
+    tensors = below_prefix("tracking", trained_checkpoint(folder, STAGE).tensors)
+    return replace(frames, **{name: tensors[f"{name}.weight"].to(frames.images.device) for name in TRACKED})
 
 
 def learning_rate_factor(config: FitConfig, position: Position) -> float:

@@ -17,7 +17,7 @@ from avatar.models.point_features import Pyramid, build_pyramid
 from avatar.models.refined import Refined
 from avatar.models.teacher import Teacher
 from avatar.random import keyed_generator
-from avatar.stages.fit import load_avatar
+from avatar.stages.fit import correct_tracking, load_avatar
 from avatar.stages.loop import (
     Stage,
     batch_size,
@@ -169,7 +169,7 @@ def train_teacher(
     """
     avatar = load_avatar(folder, config, head).to(device)
     model = TeacherModel(config, avatar, create_teacher(config).to(device))
-    run = TeacherTraining(config, model, frames.to(device), device)
+    run = TeacherTraining(config, model, correct_tracking(folder, frames).to(device), device)
     run_stage(run, config.teacher_training, folder, should_stop)
     model.teacher.eval()
     return model

@@ -277,6 +277,19 @@ def test_stages_want_the_one_before(config, frames, tmp_path):
             TRAINERS[stage](config, embedded_head(), frames, tmp_path, CPU)
 
 
+def test_corrected_tracking_goes_with_the_points(undisturbed, config, frames, tmp_path, monkeypatch):
+    tensors = final(undisturbed, "fit").tensors
+    assert not torch.equal(tensors["tracking.pose.weight"], frames.pose)
+    copy_stages(undisturbed, tmp_path, STAGES)
+    for stage in STAGES[1:]:
+        module = sys.modules[TRAINERS[stage].__module__]
+        used = []
+        monkeypatch.setattr(module, "run_stage", lambda run, *_, used=used: used.append(run.frames))
+        TRAINERS[stage](config, embedded_head(), frames, tmp_path, CPU)
+        for name in ("expression", "pose", "translation"):
+            assert torch.equal(getattr(used[0], name), tensors[f"tracking.{name}.weight"])
+
+
 def test_nearest_frame_is_found_by_pose_and_expression(frames):
     nearest = NearestFrames(frames, frames.images)
     image = nearest(frames.expression[3:5] + 1e-3, frames.pose[3:5])
