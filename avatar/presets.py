@@ -194,16 +194,24 @@ def _override(config: Any, path: list[str], text: str, override: str) -> Any:
         if dataclasses.is_dataclass(current):
             raise AvatarError(f"--set {override}: '{path[0]}' is a group; name one of its options")
         try:
-            raw = json.loads(text.lower() if text.lower() in ("none", "true", "false", "null") else text)
-        except ValueError:
-            raw = None if text.lower() == "none" else text
-        try:
-            value = _typed(raw, fields[path[0]])
+            value = _typed(_decode(text, fields[path[0]]), fields[path[0]])
         except (TypeError, ValueError):
             raise AvatarError(
                 f"--set {override}: '{text}' does not fit {_describe(fields[path[0]])}"
             ) from None
     return dataclasses.replace(config, **{path[0]: value})
+
+
+def _decode(text: str, hint: Any) -> Any:
+    """What the text of an override says, for `_typed`."""
+    if typing.get_origin(hint) is Literal:
+        return text  # "none" is a name here
+    if text.lower() == "none":
+        return None
+    try:
+        return json.loads(text.lower() if text.lower() in ("true", "false", "null") else text)
+    except ValueError:
+        return text
 
 
 def _typed(raw: Any, hint: Any) -> Any:

@@ -253,3 +253,9 @@ def test_presets_differ_and_overrides_are_typed():
     assert changed.point_avatar.texture_widths == (8, 8)
     assert to_json(changed)["fit"]["rate"] == 1.0
     assert replace(changed, seed=0) != paper
+
+
+@pytest.mark.parametrize("option", ["fit.decay", "adversarial.decay", "generator.condition"])
+def test_none_names_a_choice_where_it_is_one(option):
+    group, name = option.split(".")
+    assert getattr(getattr(make_config("x", "small", 0, (f"{option}=none",)), group), name) == "none"
