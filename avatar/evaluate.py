@@ -54,7 +54,8 @@ def render_frame(draw: Draw, frames: Frames, index: Tensor, config: EvaluateConf
             value.requires_grad_(True)
         optimizer = torch.optim.Adam(tracked, lr=config.refine_rate)
         for _ in range(config.refine_steps):
-            gradients = torch.autograd.grad(losses.rgb(picture(), target), tracked)
+            # A picture by the latent code alone does not depend on the translation.
+            gradients = torch.autograd.grad(losses.rgb(picture(), target), tracked, materialize_grads=True)
             for value, gradient in zip(tracked, gradients, strict=True):
                 value.grad = gradient
             optimizer.step()

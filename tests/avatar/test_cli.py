@@ -95,6 +95,16 @@ def test_refinement_brings_a_held_out_frame_nearer(run_folder, dataset, head):
     assert all(parameter.grad is None for parameter in avatar.parameters())
 
 
+def test_refinement_takes_models_that_the_camera_does_not_reach(dataset):
+    frames = load_frames(dataset, "test", 32)
+
+    def draw(expression, pose, camera):
+        return (0.5 + expression.mean() + pose.mean()).expand(1, 3, 32, 32)
+
+    image = render_frame(draw, frames, torch.tensor([0]), EvaluateConfig(1))
+    assert image.shape == (1, 3, 32, 32)
+
+
 def test_opening_removes_single_bright_pixels():
     image = torch.zeros(1, 1, 9, 9)
     image[0, 0, 2, 2] = 1
