@@ -51,7 +51,9 @@ class TeacherModel:
 
     def refine(self, expression: Tensor, pose: Tensor, image: Tensor) -> Refined:
         """Refined points of frames, with the image branch shown `image` (B, 3, H, W)."""
-        with torch.no_grad():
+        # Evaluation refines expression and pose through the frozen avatar.
+        wanted = torch.is_grad_enabled() and (expression.requires_grad or pose.requires_grad)
+        with torch.set_grad_enabled(wanted):
             points = self.avatar.pose_points(expression, pose)
         return self.teacher(points.posed, points.colors, image, self.pyramid)
 
