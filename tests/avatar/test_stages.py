@@ -17,7 +17,7 @@ from avatar.errors import AvatarError, Stopped
 from avatar.head import embedded_head
 from avatar.models.renderer import RenderInput
 from avatar.presets import make_config
-from avatar.run import TRAINERS, Run, reproducible, train
+from avatar.run import TRAINERS, Run, model_loaders, reproducible, train
 from avatar.stages.adversarial import (
     Adversarial,
     create_networks,
@@ -288,6 +288,18 @@ def test_corrected_tracking_goes_with_the_points(undisturbed, config, frames, tm
         TRAINERS[stage](config, embedded_head(), frames, tmp_path, CPU)
         for name in ("expression", "pose", "translation"):
             assert torch.equal(getattr(used[0], name), tensors[f"tracking.{name}.weight"])
+
+
+@pytest.mark.parametrize("name", ["point_avatar", "teacher", "student", "full"])
+def test_every_model_can_be_refined_to_a_frame(name, undisturbed, config, frames):
+    draw = model_loaders(Run(undisturbed, config, CPU))[name]()
+    index = torch.tensor([2])
+    expression, pose, translation = (
+        getattr(frames, tracked)[index].clone().requires_grad_(True)
+        for tracked in ("expression", "pose", "translation")
+    )
+    draw(expression, pose, frames.camera(index, translation)).sum().backward()
+    assert all(value.grad.any() for value in (expression, pose, translation))
 
 
 def test_nearest_frame_is_found_by_pose_and_expression(frames):
