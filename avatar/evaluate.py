@@ -1,5 +1,6 @@
 """Render held-out frames and score them."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from io import BytesIO
@@ -22,7 +23,6 @@ from avatar.imagenet_weights import WeightsUnavailable
 from avatar.reporting import console
 
 METRICS = "metrics.json"
-NAMES = ("l1", "lpips", "ssim", "psnr")
 # Draws frames of expression (B, E) and pose (B, 15) as a camera sees them: (B, 3, H, W).
 Draw = Callable[[Tensor, Tensor, Camera], Tensor]
 
@@ -90,7 +90,13 @@ def evaluate_model(draw: Draw, frames: Frames, config: EvaluateConfig, label: st
         whole.append(_score(image, target, lpips, None))
         if frames.labels is not None:
             mask = metrics.no_cloth_mask(frames.matte(index), frames.labels[index])
-            no_cloth.append(_score(image, target, lpips, mask))
+            scores = _score(image, target, lpips, mask)
+            # As other scripts have it: errors over the mask's area instead of all pixels.
+            for name, metric in (("l1", metrics.l1), ("psnr", metrics.psnr)):
+                empty = image.new_full((1,), math.nan)
+                score = metric(image, target, mask, denominator="mask") if mask.any() else empty
+                scores[f"{name}_by_area"] = score
+            no_cloth.append(scores)
     values: dict[str, Any] = _means(whole)
     values["no_cloth"] = _means(no_cloth) if no_cloth else None
     return Evaluation(values, torch.stack(images))
@@ -110,9 +116,11 @@ def _score(
 
 def _means(rows: list[dict[str, Tensor | None]]) -> dict[str, float | None]:
     means = {}
-    for name in NAMES:
+    for name in rows[0]:
         column = [row[name] for row in rows]
-        means[name] = None if column[0] is None else torch.cat(column).mean().item()
+        mean = None if column[0] is None else torch.cat(column).nanmean().item()
+        # JSON knows no infinity, which is the PSNR of frames without an error.
+        means[name] = mean if mean is not None and math.isfinite(mean) else None
     return means
 
 

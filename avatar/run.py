@@ -16,6 +16,9 @@ from avatar.data import Frames, load_frames
 from avatar.errors import AvatarError
 from avatar.evaluate import Draw, Evaluation, evaluate_model, write_metrics
 from avatar.head import HeadModel, embedded_head, load_head
+from avatar.models.discriminator import discriminator_resolutions
+from avatar.models.generator import generator_resolutions
+from avatar.models.pyramid import channels
 from avatar.models.renderer import Renderer
 from avatar.presets import differences, from_json, to_json
 from avatar.stages.adversarial import draw_full, load_renderer, train_adversarial
@@ -96,12 +99,25 @@ def train(run: Run, stages: tuple[str, ...], should_stop: Callable[[], bool] = l
     Raises:
         Stopped: `should_stop` said so; the state is saved.
     """
+    if "adversarial" in stages:
+        check_renderer(run.config)
     frames = run.frames("train")
     claim_folder(run.folder, run.config)
     with reproducible():
         for stage in stages:
             check_stage_before(run.folder, stage)
             TRAINERS[stage](run.config, run.head(), frames, run.folder, run.device, should_stop)
+
+
+def check_renderer(config: RunConfig) -> None:
+    """Find out before all other training that the image networks do not fit the size."""
+    try:
+        for resolution in generator_resolutions(config.generator, config.size):
+            channels(config.generator, resolution)
+        for resolution in discriminator_resolutions(config.size):
+            channels(config.discriminator, resolution)
+    except ValueError as error:
+        raise AvatarError(f"size={config.size}: {error}") from error
 
 
 def check_stage_before(folder: Path, stage: str) -> None:

@@ -161,6 +161,8 @@ def _read_tracking(video: Path) -> Tracking:
     shape = _numbers(content["shape_params"], (None,), path, "shape_params")
     if not content["frames"]:
         raise AvatarError(f"{path}: 'frames' is empty")
+    if not isinstance(content["frames"], list) or not all(isinstance(x, dict) for x in content["frames"]):
+        raise AvatarError(f"{path}: 'frames' is not a list of objects")
 
     names = []
     rows: dict[str, list[Tensor]] = {"expression": [], "pose": [], "translation": []}

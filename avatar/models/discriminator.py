@@ -37,6 +37,15 @@ class ResidualBlock(nn.Module):
         return convolutions + 2 * fir_macs(self.inputs, size)
 
 
+def discriminator_resolutions(size: int) -> tuple[int, ...]:
+    """Resolutions of the discriminator's feature maps, fine to coarse.
+
+    Raises:
+        ValueError: size is not 4 times a power of 2.
+    """
+    return resolutions(LAST, size)[::-1]
+
+
 class Discriminator(nn.Module):
     """Logits of images being real: (B, 3, S, S) in [0, 1] to (B, 1).
 
@@ -50,7 +59,7 @@ class Discriminator(nn.Module):
     def __init__(self, config: DiscriminatorConfig, size: int):
         super().__init__()
         self.size, self.group = size, config.group
-        levels = resolutions(LAST, size)[::-1]
+        levels = discriminator_resolutions(size)
         widths = [channels(config, resolution) for resolution in levels]
         self.from_rgb = EqualizedConv2d(3, widths[0], 1, activation="lrelu")
         self.blocks = nn.ModuleList(

@@ -107,7 +107,9 @@ class Adversarial(Stage):
         self.cache, self.cached_phase = FrameCache(config.cache_gigabytes), 0
         self.optimizers = self._build_optimizers()
         strongest = max(options.vgg, options.optimization_vgg)
-        self.perceptual = perceptual_to_frames("adversarial.vgg", strongest, options.vgg_size, config, frames)
+        self.perceptual = perceptual_to_frames(
+            "adversarial.vgg=0 adversarial.optimization_vgg", strongest, options.vgg_size, config, frames
+        )
         self.r1_gamma = options.r1
         if self.r1_gamma is None:
             self.r1_gamma = 2e-4 * config.size**2 / options.batch

@@ -59,7 +59,9 @@ def test_evaluate_writes_metrics(run_folder, capsys):
     assert list(content["models"]) == ["point_avatar"]
     scores = content["models"]["point_avatar"]
     assert set(scores) == {"l1", "lpips", "ssim", "psnr", "no_cloth"}
-    assert set(scores["no_cloth"]) == {"l1", "lpips", "ssim", "psnr"}
+    assert set(scores["no_cloth"]) == {"l1", "lpips", "ssim", "psnr", "l1_by_area", "psnr_by_area"}
+    assert scores["no_cloth"]["l1_by_area"] > scores["no_cloth"]["l1"]
+    assert scores["no_cloth"]["psnr_by_area"] < scores["no_cloth"]["psnr"]
     assert 0 < scores["l1"] < 1
     assert 0 < scores["psnr"] < 60
     assert scores["no_cloth"]["l1"] < scores["l1"]
@@ -120,6 +122,7 @@ def test_perfect_rendering_scores_perfectly(dataset, monkeypatch):
     values = evaluate_model(None, frames, EvaluateConfig()).values
     assert values["l1"] == 0
     assert values["ssim"] == pytest.approx(1)
+    assert values["psnr"] is None  # JSON has no infinity
 
 
 def test_demo_trains_evaluates_and_draws(tmp_path, capsys):
@@ -165,6 +168,8 @@ def test_a_stage_that_stopped_early_carries_no_other(dataset, tmp_path, capsys, 
             ["train", "DATA", "--out", "OUT", "--set", "head=/none.npz"],
             "/none.npz: not a readable head model",
         ),
+        (["train", "DATA", "--out", "OUT", "--set", "size=96"], "size=96: size: got 96, expected 4"),
+        (["train", "DATA", "--out", "OUT", "--set", "generator.channel_base=64"], "size=128:"),
         (["evaluate", "OUT"], "config.json: No such file or directory"),
     ],
     ids=lambda value: None if isinstance(value, str) else " ".join(value),
