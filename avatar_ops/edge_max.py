@@ -8,7 +8,7 @@ from torch import Tensor
 from ._library import check_floating, check_neighbors, check_rank, define, forbid_second_derivative
 
 define("edge_max(Tensor features, Tensor neighbors) -> (Tensor values, Tensor argmax)")
-define("edge_max_backward(Tensor grad, Tensor argmax, SymInt num_points) -> Tensor")
+define("edge_max_backward(Tensor grad, Tensor argmax, Tensor neighbors, SymInt num_points) -> Tensor")
 
 
 def edge_max(features: Tensor, neighbors: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,19 +47,18 @@ def _(features, neighbors):
 
 
 @torch.library.register_fake("avatar_ops::edge_max_backward")
-def _(grad, argmax, num_points):
+def _(grad, argmax, neighbors, num_points):
     return grad.new_empty(grad.shape[0], num_points, grad.shape[2])
 
 
 def _setup_context(ctx, inputs, output):
     ctx.num_points = inputs[0].shape[1]
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(output[1])
+    ctx.save_for_backward(output[1], inputs[1])
 
 
 def _backward(ctx, grad_values, grad_argmax):
-    (argmax,) = ctx.saved_tensors
-    return torch.ops.avatar_ops.edge_max_backward(grad_values, argmax, ctx.num_points), None
+    return torch.ops.avatar_ops.edge_max_backward(grad_values, *ctx.saved_tensors, ctx.num_points), None
 
 
 torch.library.register_autograd("avatar_ops::edge_max", _backward, setup_context=_setup_context)

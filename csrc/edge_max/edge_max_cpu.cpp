@@ -38,8 +38,10 @@ std::tuple<Tensor, Tensor> edge_max_cpu(const Tensor& features_in, const Tensor&
   return {to_type(values, features_in.scalar_type()), argmax};
 }
 
-// Each task owns a range of channels of one cloud, so every sum is in row order whatever the threads.
-Tensor edge_max_backward_cpu(const Tensor& grad_in, const Tensor& argmax_in, int64_t num_points) {
+// Each task owns a range of channels of one cloud, so every sum is in row order whatever the threads; the
+// neighbours, which argmax is taken from, are not needed.
+Tensor edge_max_backward_cpu(const Tensor& grad_in, const Tensor& argmax_in, const Tensor& /* neighbors */,
+                             int64_t num_points) {
   const Tensor grad = to_compute(grad_in);
   const Tensor argmax = torch::stable::contiguous(argmax_in);
   const int64_t batch = grad.size(0), rows = grad.size(1), channels = grad.size(2);
