@@ -21,6 +21,7 @@
 // AVATAR_DEVICE_ASSERT(condition, format, ...) checks data, such as an index, in a kernel. On the device a
 // failure prints the condition and ends the program's use of the device (cudaErrorAssert), in release builds
 // too; on the host it is std::out_of_range with the formatted message, which Python sees as IndexError.
+// AVATAR_DEVICE_ASSERT_VALUE is for data that is no index: std::invalid_argument, Python's ValueError.
 #if defined(__CUDACC__)
 #define AVATAR_SHARED(type, name, count) __shared__ type name[count]
 #define AVATAR_DYNAMIC_SHARED(type, name)                                \
@@ -30,15 +31,20 @@
   do {                                       \
     CUDA_KERNEL_ASSERT(condition)            \
   } while (0)
+#define AVATAR_DEVICE_ASSERT_VALUE AVATAR_DEVICE_ASSERT
 #else
 #define AVATAR_SHARED(type, name, count)             \
   static char name##_key;                            \
   type(&name)[count] = *static_cast<type(*)[count]>( \
       ::hostcuda::shared_array(&name##_key, sizeof(type) * (count), alignof(type)))
 #define AVATAR_DYNAMIC_SHARED(type, name) type* const name = static_cast<type*>(::hostcuda::dynamic_shared())
-#define AVATAR_DEVICE_ASSERT(condition, ...)                 \
-  do {                                                       \
-    if (!(condition)) ::avatar::raise_bad_data(__VA_ARGS__); \
+#define AVATAR_DEVICE_ASSERT(condition, ...)                                    \
+  do {                                                                          \
+    if (!(condition)) ::avatar::raise_bad_data<std::out_of_range>(__VA_ARGS__); \
+  } while (0)
+#define AVATAR_DEVICE_ASSERT_VALUE(condition, ...)                                  \
+  do {                                                                              \
+    if (!(condition)) ::avatar::raise_bad_data<std::invalid_argument>(__VA_ARGS__); \
   } while (0)
 #endif
 
@@ -75,11 +81,11 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 blo
 }
 
 #if !defined(__CUDACC__)
-template <typename... Values>
+template <typename Error, typename... Values>
 [[noreturn]] void raise_bad_data(const char* format, Values... values) {
   char message[256];
   std::snprintf(message, sizeof message, format, values...);
-  throw std::out_of_range(message);
+  throw Error(message);
 }
 #endif
 

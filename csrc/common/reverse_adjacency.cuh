@@ -9,8 +9,9 @@
 
 namespace avatar {
 
-// neighbors (batch, rows, k) with entries in [-1, num_points).
+// neighbors (batch, rows, k) with entries in [-1, num_points); `op` is for messages.
 struct NeighborList {
+  const char* op;
   const int64_t* neighbors;
   int64_t rows, k, num_points;
 };
@@ -23,11 +24,11 @@ __device__ inline int64_t checked_neighbor(const NeighborList& list, int64_t pos
   // Whatever the order of threads, the message names the first.
   int64_t first = 0;
   while (list.neighbors[first] >= -1 && list.neighbors[first] < list.num_points) ++first;
-  AVATAR_DEVICE_ASSERT(false, "neighbors[%lld, %lld, %lld] = %lld; expected -1 (none) or an index in [0, %lld)",
-                       static_cast<long long>(first / (list.rows * list.k)),
-                       static_cast<long long>(first / list.k % list.rows),
-                       static_cast<long long>(first % list.k), static_cast<long long>(list.neighbors[first]),
-                       static_cast<long long>(list.num_points));
+  AVATAR_DEVICE_ASSERT(
+      false, "%s: neighbors[%lld, %lld, %lld] = %lld; expected -1 (none) or an index in [0, %lld)", list.op,
+      static_cast<long long>(first / (list.rows * list.k)),
+      static_cast<long long>(first / list.k % list.rows), static_cast<long long>(first % list.k),
+      static_cast<long long>(list.neighbors[first]), static_cast<long long>(list.num_points));
 #else
   AVATAR_DEVICE_ASSERT(point >= -1 && point < list.num_points);
 #endif
@@ -124,8 +125,8 @@ inline ReverseAdjacency reverse_adjacency(const char* op, const Tensor& neighbor
   Tensor targets = torch::stable::new_empty(neighbors, {batch, rows * k}, ScalarType::Int);
   launch(op, edge_target_kernel, dim3(grid_size(ceil_divide(neighbors.numel(), kAdjacencyThreads))),
          dim3(kAdjacencyThreads), 0, stream,
-         NeighborList{const_data<int64_t>(neighbors), rows, k, num_points}, mutable_data<int32_t>(targets),
-         neighbors.numel());
+         NeighborList{op, const_data<int64_t>(neighbors), rows, k, num_points},
+         mutable_data<int32_t>(targets), neighbors.numel());
   auto [sorted, edges] = stable_sort(targets);
   Tensor offsets = torch::stable::new_empty(neighbors, {batch, num_points + 1});
   launch(op, edge_offset_kernel, dim3(grid_size(ceil_divide(offsets.numel(), kAdjacencyThreads))),

@@ -10,7 +10,8 @@ template <typename A>
 __global__ void __launch_bounds__(kConstantThreads)
     edge_constant_kernel(EdgeSizes sizes, EdgeWeight<A> weight, const A* __restrict__ reference,
                          const A* __restrict__ bias, const A* __restrict__ shift, A* __restrict__ constant) {
-  const int64_t n = static_cast<int64_t>(blockIdx.x) * (kConstantThreads / kWarpSize) + threadIdx.x / kWarpSize;
+  const int64_t n =
+      static_cast<int64_t>(blockIdx.x) * (kConstantThreads / kWarpSize) + threadIdx.x / kWarpSize;
   if (n >= sizes.batch * sizes.channels) return;
   const int64_t cloud = n / sizes.channels, o = n - cloud * sizes.channels;
   double value = own_product(weight, reference + cloud * sizes.inputs, o);
@@ -133,7 +134,7 @@ std::tuple<Tensor, Tensor> edge_conv_cuda(const Tensor& x_in, const Tensor& neig
   const Tensor x = torch::stable::contiguous(x_in), neighbors = torch::stable::contiguous(neighbors_in);
   const EdgeSizes sizes(x, neighbors, weight);
   const EdgeFold fold(weight, bias, scale, shift);
-  const NeighborList list{const_data<int64_t>(neighbors), sizes.num_points, sizes.k, sizes.num_points};
+  const NeighborList list = point_neighbors("edge_conv", neighbors, sizes);
   const ScalarType type = compute_type(x.scalar_type());
   const cudaStream_t stream = current_stream(x);
   Tensor output = torch::stable::new_empty(x, {sizes.batch, sizes.num_points, sizes.channels});
@@ -175,7 +176,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> edge_conv_backward_cuda(
   const Tensor slots = torch::stable::contiguous(slots_in);
   const EdgeSizes sizes(x, neighbors, weight);
   const EdgeFold fold(weight, bias, scale, std::nullopt);
-  const NeighborList list{const_data<int64_t>(neighbors), sizes.num_points, sizes.k, sizes.num_points};
+  const NeighborList list = point_neighbors("edge_conv_backward", neighbors, sizes);
   const ScalarType type = compute_type(x.scalar_type());
   const cudaStream_t stream = current_stream(x);
   const ReverseAdjacency reverse = reverse_adjacency("edge_conv_backward", neighbors, sizes.num_points);
@@ -197,18 +198,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> edge_conv_backward_cuda(
     const Tensor reference = find_reference<T>("edge_conv_backward", x, list, sizes, false);
     dispatch_slot(sizes.k, [&](auto slot) {
       using Slot = decltype(slot);
-      launch("edge_conv_backward", edge_linear_gradient_kernel<T, A, Slot>,
-             sizes.grid<A>(sizes.row_blocks()), sizes.block<A>(), 0, stream, data_of<T>(grad),
-             data_of<T>(output), data_of<Slot>(slots), sizes, static_cast<A>(negative_slope),
-             data_of<A>(linear), data_of<A>(sums));
+      launch("edge_conv_backward", edge_linear_gradient_kernel<T, A, Slot>, sizes.grid<A>(sizes.row_blocks()),
+             sizes.block<A>(), 0, stream, data_of<T>(grad), data_of<T>(output), data_of<Slot>(slots), sizes,
+             static_cast<A>(negative_slope), data_of<A>(linear), data_of<A>(sums));
       launch("edge_conv_backward", edge_reverse_kernel<false, A, Slot>, sizes.grid<A>(sizes.rows()),
              sizes.block<A>(), 0, stream, incoming_edges(reverse, neighbors, sizes.num_points), sizes,
              data_of<A>(linear), data_of<Slot>(slots), EdgeNormTerms<A>{}, data_of<A>(grad_q),
              data_of<int32_t>(cloud_of_row));
     });
-    const Tensor partial = edge_gradients<T, A>("edge_conv_backward", x, sizes, folded,
-                                                {data_of<A>(reference), sizes.inputs}, linear, grad_q,
-                                                cloud_of_row, false, grad_x);
+    const Tensor partial =
+        edge_gradients<T, A>("edge_conv_backward", x, sizes, folded, {data_of<A>(reference), sizes.inputs},
+                             linear, grad_q, cloud_of_row, false, grad_x);
     launch("edge_conv_backward", edge_finish_kernel<A>, dim3(sizes.channels), dim3(kFinishThreads), 0, stream,
            data_of<A>(partial), partial.size(0), data_of<A>(sums), sizes.row_blocks(), sizes, folded,
            data_or_null<A>(fold.bias), data_of<A>(grad_weight), data_of<A>(grad_bias), data_of<A>(grad_scale),

@@ -1,7 +1,8 @@
 // What edge_conv and edge_conv_norm share on the device: the split of the linear map, see edge_conv_plan.h,
 //   A x_i + B (x_i - x_j) = u_i + q_i - q_j,   u = A (x - c) + constant,   q = B (x - c),
-// the smallest q over a row's neighbours, and gradients from those of u and q. Rows of u, q and of every other
-// array called padded hold `stride` elements, a multiple of kColumnPad. T is the type of x, A that of sums.
+// the smallest q over a row's neighbours, and gradients from those of u and q. Rows of u, q and of every
+// other array called padded hold `stride` elements, a multiple of kColumnPad. T is the type of x, A that of
+// sums.
 #pragma once
 
 #include <algorithm>
@@ -234,7 +235,8 @@ __global__ void __launch_bounds__(kProductThreads)
   }
 }
 
-// Of one row and pack of columns: the smallest q over its neighbours, the first on ties, NaN smaller than all.
+// Of one row and pack of columns: the smallest q over its neighbours, the first on ties; NaN is smaller than
+// all.
 template <typename A>
 struct SmallestNeighbor {
   Pack<A, kColumns<A>> q;
@@ -412,9 +414,9 @@ __global__ void __launch_bounds__(kProductThreads)
   }
 }
 
-// The gradient of the folded weight over shares of the rows: partial (parts, 2, channels, inputs); blocks along
-// z are parts and halves. center_own: whether x may be centred for A's gradient too, as where the gradients of
-// u sum to zero.
+// The gradient of the folded weight over shares of the rows: partial (parts, 2, channels, inputs); blocks
+// along z are parts and halves. center_own: whether x may be centred for A's gradient too, as where the
+// gradients of u sum to zero.
 template <typename T, typename A>
 __global__ void __launch_bounds__(kProductThreads)
     edge_weight_gradient_kernel(const T* __restrict__ x, const A* __restrict__ grad_u,
@@ -465,7 +467,8 @@ __device__ double sum_of_blocks(const A* sums, int64_t blocks, int64_t stride, i
 
 // One block a channel: the gradient of the weight itself; returns the sum of folded gradients times weights.
 template <typename A>
-__device__ double finish_weight(const A* partial, int64_t parts, const EdgeWeight<A>& weight, A* grad_weight) {
+__device__ double finish_weight(const A* partial, int64_t parts, const EdgeWeight<A>& weight,
+                                A* grad_weight) {
   const int64_t o = blockIdx.x, size = weight.channels * weight.inputs;
   double product = 0;
   for (int64_t n = threadIdx.x; n < 2 * weight.inputs; n += kFinishThreads) {
@@ -478,6 +481,11 @@ __device__ double finish_weight(const A* partial, int64_t parts, const EdgeWeigh
     product += folded * static_cast<double>(weight.weight[o * 2 * weight.inputs + n]);
   }
   return product;
+}
+
+// A row of neighbours for each point.
+inline NeighborList point_neighbors(const char* op, const Tensor& neighbors, const EdgeSizes& sizes) {
+  return {op, const_data<int64_t>(neighbors), sizes.num_points, sizes.k, sizes.num_points};
 }
 
 inline ScalarType slot_type(int64_t k) {

@@ -1,6 +1,6 @@
-// edge_conv with batch normalisation by the statistics of the edges that exist: see edge_conv_norm_cpu.cpp. A
-// channel whose gamma is negative runs with its weight negated, so that the largest edge is always that of the
-// smallest q. One reference point serves the whole batch, since the statistics do.
+// edge_conv with batch normalisation by the statistics of the edges that exist: see edge_conv_norm_cpu.cpp.
+// A channel whose gamma is negative runs with its weight negated, so that the largest edge is always that of
+// the smallest q. One reference point serves the whole batch, since the statistics do.
 #include "edge_conv/edge_conv_device.cuh"
 
 namespace avatar {
@@ -40,8 +40,8 @@ struct BlockStatistics {
   int64_t* counts;
 };
 
-// The largest hidden value, padded, in place of u; and what normalising it takes. x of a block covers packs of
-// columns, y rows.
+// The largest hidden value, padded, in place of u; and what normalising it takes. x of a block covers packs
+// of columns, y rows.
 template <typename A, typename Slot>
 __global__ void __launch_bounds__(kRowThreads)
     edge_norm_gather_kernel(A* __restrict__ u, const A* __restrict__ q, NeighborList list, EdgeSizes sizes,
@@ -67,7 +67,9 @@ __global__ void __launch_bounds__(kRowThreads)
     const A* cloud = q + row / sizes.num_points * sizes.num_points * sizes.stride + column;
     if (!inside) {
       // The first thread of a row counts even where there are no channels.
-      for (int slot = 0; slot < k && column == 0; ++slot) edges += checked_neighbor(list, row * k + slot) >= 0;
+      for (int slot = 0; slot < k && column == 0; ++slot) {
+        edges += checked_neighbor(list, row * k + slot) >= 0;
+      }
       continue;
     }
     const SmallestNeighbor<A> smallest(cloud, sizes.stride, list, row, first_only);
@@ -132,10 +134,10 @@ __global__ void __launch_bounds__(kRowThreads)
 // that of W e, center that of the centred and signed form; inverse is 1 / deviation.
 template <typename A>
 __global__ void __launch_bounds__(kWarpSize* kStatisticsLanes)
-    edge_statistics_kernel(BlockStatistics<A> statistics, int64_t blocks, EdgeSizes sizes, EdgeWeight<A> weight,
-                           const A* __restrict__ reference, double eps, int64_t* __restrict__ count,
-                           A* __restrict__ mean, A* __restrict__ variance, A* __restrict__ center,
-                           A* __restrict__ inverse) {
+    edge_statistics_kernel(BlockStatistics<A> statistics, int64_t blocks, EdgeSizes sizes,
+                           EdgeWeight<A> weight, const A* __restrict__ reference, double eps,
+                           int64_t* __restrict__ count, A* __restrict__ mean, A* __restrict__ variance,
+                           A* __restrict__ center, A* __restrict__ inverse) {
   AVATAR_SHARED(double, means, kWarpSize* kStatisticsLanes);
   AVATAR_SHARED(double, squares, kWarpSize* kStatisticsLanes);
   AVATAR_SHARED(double, counts, kWarpSize* kStatisticsLanes);
@@ -197,8 +199,8 @@ __global__ void __launch_bounds__(kApplyThreads)
   }
 }
 
-// What the rows of a block leave for the gradients of the statistics, padded: sums of the linear gradient, and
-// of its products with the hidden value's deviation from the mean.
+// What the rows of a block leave for the gradients of the statistics, padded: sums of the linear gradient,
+// and of its products with the hidden value's deviation from the mean.
 template <typename A>
 struct GradientSums {
   A* linear;
@@ -268,13 +270,14 @@ __global__ void __launch_bounds__(kRowThreads)
   store_pack(sums.products + blockIdx.x * sizes.stride + column, sum_products);
 }
 
-// One block a column: what an edge's gradient takes from those of the statistics, and those of gamma and beta.
+// One block a column: what an edge's gradient takes from those of the statistics, and those of gamma, beta.
 template <typename A>
 __global__ void __launch_bounds__(kFinishThreads)
     edge_norm_terms_kernel(GradientSums<A> sums, int64_t blocks, EdgeSizes sizes,
                            const int64_t* __restrict__ count, const A* __restrict__ variance, double eps,
                            const A* __restrict__ gamma, A* __restrict__ factor, A* __restrict__ mean_grad,
-                           A* __restrict__ slope_grad, A* __restrict__ grad_gamma, A* __restrict__ grad_beta) {
+                           A* __restrict__ slope_grad, A* __restrict__ grad_gamma,
+                           A* __restrict__ grad_beta) {
   const int64_t o = blockIdx.x;
   const double sum = sum_of_blocks(sums.linear, blocks, sizes.stride, o);
   const double products = sum_of_blocks(sums.products, blocks, sizes.stride, o);
@@ -315,7 +318,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> edge_conv_norm_cuda(
   const Tensor x = torch::stable::contiguous(x_in), neighbors = torch::stable::contiguous(neighbors_in);
   const Tensor weight = to_compute(weight_in), gamma = to_compute(gamma_in), beta = to_compute(beta_in);
   const EdgeSizes sizes(x, neighbors, weight);
-  const NeighborList list{const_data<int64_t>(neighbors), sizes.num_points, sizes.k, sizes.num_points};
+  const NeighborList list = point_neighbors("edge_conv_norm", neighbors, sizes);
   const ScalarType type = compute_type(x.scalar_type());
   const cudaStream_t stream = current_stream(x);
   const auto padded_rows = [&](int64_t rows) {
@@ -351,9 +354,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> edge_conv_norm_cuda(
            data_of<A>(center), data_of<A>(inverse));
     const dim3 block = block_for_columns(sizes.channels, kApplyThreads);
     launch("edge_conv_norm", edge_norm_apply_kernel<T, A>,
-           dim3(grid_size(ceil_divide(sizes.rows(), block.y)), ceil_divide(sizes.channels, block.x)), block, 0,
-           stream, data_of<A>(u), data_of<int32_t>(degrees), sizes, data_of<A>(center), data_of<A>(inverse),
-           data_of<A>(gamma), data_of<A>(beta), static_cast<A>(negative_slope), data_of<T>(output));
+           dim3(grid_size(ceil_divide(sizes.rows(), block.y)), ceil_divide(sizes.channels, block.x)), block,
+           0, stream, data_of<A>(u), data_of<int32_t>(degrees), sizes, data_of<A>(center),
+           data_of<A>(inverse), data_of<A>(gamma), data_of<A>(beta), static_cast<A>(negative_slope),
+           data_of<T>(output));
   });
   return {output, slots, count, mean, variance, center};
 }
@@ -368,9 +372,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> edge_conv_norm_backward_cuda(
   const Tensor x = torch::stable::contiguous(x_in), neighbors = torch::stable::contiguous(neighbors_in);
   const Tensor slots = torch::stable::contiguous(slots_in);
   const Tensor weight = to_compute(weight_in), gamma = to_compute(gamma_in);
-  const Tensor variance = torch::stable::contiguous(variance_in), center = torch::stable::contiguous(center_in);
+  const Tensor variance = torch::stable::contiguous(variance_in);
+  const Tensor center = torch::stable::contiguous(center_in);
   const EdgeSizes sizes(x, neighbors, weight);
-  const NeighborList list{const_data<int64_t>(neighbors), sizes.num_points, sizes.k, sizes.num_points};
+  const NeighborList list = point_neighbors("edge_conv_norm_backward", neighbors, sizes);
   const ScalarType type = compute_type(x.scalar_type());
   const cudaStream_t stream = current_stream(x);
   const ReverseAdjacency reverse = reverse_adjacency("edge_conv_norm_backward", neighbors, sizes.num_points);
@@ -398,9 +403,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> edge_conv_norm_backward_cuda(
     const EdgeReference<A> everywhere{data_of<A>(reference), 0};
     edge_products<T, A>("edge_conv_norm_backward", x, sizes, folded, everywhere, nullptr, u, q);
     const GradientSums<A> sums{data_of<A>(linear_sums), data_of<A>(product_sums)};
-    const EdgeNormTerms<A> terms{data_of<A>(factor), data_of<A>(mean_grad), data_of<A>(slope_grad),
-                                 data_of<A>(u),      data_of<A>(q),         data_of<A>(grad_u),
-                                 data_of<int32_t>(degrees)};
+    const EdgeNormTerms<A> terms{
+        data_of<A>(factor), data_of<A>(mean_grad), data_of<A>(slope_grad),   data_of<A>(u),
+        data_of<A>(q),      data_of<A>(grad_u),    data_of<int32_t>(degrees)};
     dispatch_slot(sizes.k, [&](auto slot) {
       using Slot = decltype(slot);
       launch("edge_conv_norm_backward", edge_norm_gradient_kernel<T, A, Slot>,
@@ -408,18 +413,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> edge_conv_norm_backward_cuda(
              data_of<T>(output), data_of<Slot>(slots), data_of<A>(u), data_of<A>(q), list, sizes,
              data_of<A>(center), static_cast<A>(negative_slope), data_of<A>(linear), data_of<A>(grad_u),
              data_of<int32_t>(degrees), sums);
-      launch("edge_conv_norm_backward", edge_norm_terms_kernel<A>, dim3(sizes.stride), dim3(kFinishThreads), 0,
-             stream, sums, sizes.row_blocks(), sizes, const_data<int64_t>(count), data_of<A>(variance), eps,
-             data_of<A>(gamma), data_of<A>(factor), data_of<A>(mean_grad), data_of<A>(slope_grad),
+      launch("edge_conv_norm_backward", edge_norm_terms_kernel<A>, dim3(sizes.stride), dim3(kFinishThreads),
+             0, stream, sums, sizes.row_blocks(), sizes, const_data<int64_t>(count), data_of<A>(variance),
+             eps, data_of<A>(gamma), data_of<A>(factor), data_of<A>(mean_grad), data_of<A>(slope_grad),
              data_of<A>(grad_gamma), data_of<A>(grad_beta));
       launch("edge_conv_norm_backward", edge_reverse_kernel<true, A, Slot>, sizes.grid<A>(sizes.rows()),
              sizes.block<A>(), 0, stream, incoming_edges(reverse, neighbors, sizes.num_points), sizes,
              data_of<A>(linear), data_of<Slot>(slots), terms, data_of<A>(grad_q),
              data_of<int32_t>(cloud_of_row));
     });
-    const Tensor partial =
-        edge_gradients<T, A>("edge_conv_norm_backward", x, sizes, folded, everywhere, grad_u, grad_q,
-                             cloud_of_row, true, grad_x);
+    const Tensor partial = edge_gradients<T, A>("edge_conv_norm_backward", x, sizes, folded, everywhere,
+                                                grad_u, grad_q, cloud_of_row, true, grad_x);
     launch("edge_conv_norm_backward", edge_norm_finish_kernel<A>, dim3(sizes.channels), dim3(kFinishThreads),
            0, stream, data_of<A>(partial), partial.size(0), folded, data_of<A>(grad_weight));
   });

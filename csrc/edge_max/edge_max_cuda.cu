@@ -128,7 +128,7 @@ std::tuple<Tensor, Tensor> edge_max_cuda(const Tensor& features_in, const Tensor
   const int64_t rows = neighbors.size(1), k = neighbors.size(2);
   Tensor values = torch::stable::new_empty(features, {batch, rows, channels});
   Tensor argmax = torch::stable::new_empty(neighbors, {batch, rows, channels});
-  const NeighborList list{const_data<int64_t>(neighbors), rows, k, num_points};
+  const NeighborList list{"edge_max", const_data<int64_t>(neighbors), rows, k, num_points};
   dispatch_floating(features.scalar_type(), "edge_max", [&](auto zero) {
     using T = decltype(zero);
     using A = typename Accumulate<T>::type;
@@ -136,8 +136,7 @@ std::tuple<Tensor, Tensor> edge_max_cuda(const Tensor& features_in, const Tensor
     dispatch_pack<T>(channels, is_aligned(data), [&](auto pack) {
       constexpr int kPack = decltype(pack)::value;
       const dim3 block = block_for_columns(channels / kPack, kThreads);
-      const dim3 grid(grid_size(ceil_divide(batch * rows, block.y)),
-                      ceil_divide(channels / kPack, block.x));
+      const dim3 grid(grid_size(ceil_divide(batch * rows, block.y)), ceil_divide(channels / kPack, block.x));
       launch("edge_max", edge_max_kernel<T, A, kPack>, grid, block, 0, current_stream(features), data, list,
              static_cast<T*>(values.mutable_data_ptr()), mutable_data<int64_t>(argmax), batch * rows,
              channels);
