@@ -35,7 +35,7 @@ PYTEST_SELECTION = "not inductor and not export"
 
 def cuda_sources() -> dict[str, Path]:
     """Op -> its CUDA source."""
-    return {path.parent.name: path for path in sorted((ROOT / "csrc").glob("*/*_cuda.cu"))}
+    return {path.stem.removesuffix("_cuda"): path for path in sorted((ROOT / "csrc").glob("*/*_cuda.cu"))}
 
 
 def build(variant: str, target: str = "avatar_ops_hostcuda") -> Path:
