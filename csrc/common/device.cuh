@@ -21,7 +21,7 @@
 // AVATAR_DEVICE_ASSERT(condition, format, ...) checks data, such as an index, in a kernel. On the device a
 // failure prints the condition and ends the program's use of the device (cudaErrorAssert), in release builds
 // too; on the host it is std::out_of_range with the formatted message, which Python sees as IndexError.
-// AVATAR_DEVICE_ASSERT_VALUE is for data that is no index: std::invalid_argument, Python's ValueError.
+// AVATAR_DEVICE_ASSERT_VALUE is for other data, such as lengths: std::invalid_argument, ValueError.
 #if defined(__CUDACC__)
 #define AVATAR_SHARED(type, name, count) __shared__ type name[count]
 #define AVATAR_DYNAMIC_SHARED(type, name)                                \
@@ -59,6 +59,15 @@ inline void check_cuda(cudaError_t error, const char* what) {
   if (error != cudaSuccess) {
     throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
   }
+}
+
+inline int64_t divide_up(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
+inline dim3 grid_of(int64_t blocks) {
+  if (blocks > 0x7fffffff) throw std::runtime_error("a grid of " + std::to_string(blocks) + " blocks");
+  return dim3(static_cast<unsigned>(blocks));
 }
 
 // Every kernel starts here. An empty grid is no work, not an error.
