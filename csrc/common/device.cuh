@@ -114,4 +114,27 @@ __device__ T block_sum(T value) {
   return value;
 }
 
+// Sum of the values of the threads before this one; *total gets that of all. For blocks as above.
+template <typename T>
+__device__ T block_exclusive_sum(T value, T* total) {
+  AVATAR_SHARED(T, partial, kWarpSize);
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  T sum = value;
+  for (int step = 1; step < kWarpSize; step *= 2) {
+    const T before = __shfl_up_sync(0xffffffffu, sum, step);
+    if (lane >= step) sum += before;
+  }
+  if (lane == kWarpSize - 1) partial[warp] = sum;
+  __syncthreads();
+  const int warps = blockDim.x / kWarpSize;
+  T before = 0, all = 0;
+  for (int other = 0; other < warps; ++other) {
+    if (other < warp) before += partial[other];
+    all += partial[other];
+  }
+  __syncthreads();
+  *total = all;
+  return before + sum - value;
+}
+
 }  // namespace avatar
