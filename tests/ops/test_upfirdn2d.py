@@ -129,6 +129,18 @@ def test_large_images_have_the_same_bits_for_any_thread_count(taps, up, down):
     )
 
 
+@pytest.mark.parametrize("taps", [(80, 80), (80,)], ids=str)
+def test_takes_filters_of_many_taps(taps):
+    x, f = numbers(1, 2, 50, 40).requires_grad_(), numbers(*taps)
+    options = {"up": 2, "down": 3, "padding": (31, 12, 3, -2), "gain": 0.3}
+    results = []
+    for run in (avatar_ops.upfirdn2d, reference.upfirdn2d):
+        y = run(x, f, **options)
+        results.append((y, *torch.autograd.grad(y.square().sum(), x)))
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
 def test_compiles_for_dynamic_sizes():
     torch._dynamo.reset()
     f = torch.tensor([1.0, 3.0, 3.0, 1.0])
