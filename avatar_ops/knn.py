@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ._library import (
+    HAS_CUDA_KERNELS,
     autocast_to_float32,
     check_device,
     check_floating,
@@ -252,6 +253,60 @@ def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 def _fake_result(points, queries, k):
     shape = (points.shape[0], (points if queries is None else queries).shape[1], k)
     return points.new_empty(shape), points.new_empty(shape, dtype=torch.int64)
+
+
+def knn_graph_by_clouds(x, k, batch, loop, neighbors_first, batch_size) -> Tensor:
+    """The op knn_graph by knn, which wants clouds of one length: those of like length are padded together.
+
+    Clouds are padded to powers of two, so that this takes at most twice the memory of the points.
+    """
+    rows = x.shape[0]
+    _check_batch(batch, batch_size)
+    if batch is None:
+        lengths = torch.full((min(rows, 1),), rows, dtype=torch.int64, device=x.device)
+    else:
+        lengths = torch.unique_consecutive(batch, return_counts=True)[1]
+    largest = int(lengths.max()) if rows else 0
+    k = max(0, min(k, largest if loop else largest - 1))
+    starts = lengths.cumsum(0) - lengths
+    sizes = 2 ** torch.arange(largest.bit_length() + 1, device=x.device)
+    widths = sizes[torch.searchsorted(sizes, lengths)]
+    neighbors = torch.full((rows, k), -1, dtype=torch.int64, device=x.device)
+    for width in widths.unique().tolist():
+        chosen = widths == width
+        first, length = starts[chosen].unsqueeze(1), lengths[chosen]
+        places = torch.arange(width, device=x.device)
+        members = (first + places).clamp(max=rows - 1)
+        found = torch.ops.avatar_ops.knn(x[members], None, k, length, None, not loop)[1]
+        found = torch.where(found >= 0, found + first.unsqueeze(2), -1)
+        inside = places < length.unsqueeze(1)
+        neighbors[members[inside]] = found[inside]
+    query, slot = (neighbors >= 0).nonzero(as_tuple=True)
+    neighbor = neighbors[query, slot]
+    return torch.stack([neighbor, query] if neighbors_first else [query, neighbor])
+
+
+def _check_batch(batch: Tensor | None, batch_size: int | None) -> None:
+    """ValueError unless the values are sorted and in range; waits for the device."""
+    if batch is None or batch.numel() == 0:
+        return
+    before = torch.cat([batch.new_zeros(1), batch[:-1]])
+    unsorted = batch < before
+    beyond = torch.zeros_like(unsorted) if batch_size is None else batch >= batch_size
+    bad = (unsorted | beyond).nonzero()
+    if bad.numel() == 0:
+        return
+    row = int(bad[0, 0])
+    expected = (
+        f" after {int(before[row])}; expected sorted values >= 0"
+        if unsorted[row]
+        else f"; expected values below batch_size = {batch_size}"
+    )
+    raise ValueError(f"knn_graph: batch[{row}] = {int(batch[row])}{expected}")
+
+
+if HAS_CUDA_KERNELS:
+    torch.library.impl("avatar_ops::knn_graph", "CUDA", knn_graph_by_clouds)
 
 
 @torch.library.register_fake("avatar_ops::knn")

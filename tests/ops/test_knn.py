@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import avatar_ops
 from avatar_ops import PointIndex, knn, knn_graph, reference
+from avatar_ops.knn import knn_graph_by_clouds
 
 INF = float("inf")
 
@@ -344,6 +345,30 @@ def test_graph_equals_brute_force(dims, loop, cosine):
         x, 4, batch, loop, flow="target_to_source", cosine=cosine, num_workers=3, batch_size=8
     )
     assert torch.equal(flipped, expected.flip(0))
+
+
+@pytest.mark.parametrize("neighbors_first", [False, True])
+@pytest.mark.parametrize("loop", [False, True])
+def test_graph_by_padded_clouds_equals_the_kernel(loop, neighbors_first):
+    x = torch.randn(75, 3)
+    x[11] = float("nan")
+    batch = torch.tensor([0] * 40 + [1] * 2 + [3] + [7] * 32)
+    for rows, k in ((75, 4), (75, 60), (75, 0), (0, 3)):
+        for clouds in (batch[:rows], None):
+            arguments = (x[:rows], k, clouds, loop, neighbors_first, None)
+            expected = torch.ops.avatar_ops.knn_graph(*arguments)
+            assert torch.equal(knn_graph_by_clouds(*arguments), expected)
+
+
+def test_graph_by_padded_clouds_rejects_what_the_kernel_rejects():
+    for values, batch_size in (([0, 1, 0], None), ([-1, 0, 0], None), ([0, 1, 2], 2)):
+        arguments = (torch.randn(3, 2), 1, torch.tensor(values), False, True, batch_size)
+        messages = []
+        for graph in (torch.ops.avatar_ops.knn_graph, knn_graph_by_clouds):
+            with pytest.raises(ValueError, match="knn_graph: batch") as caught:
+                graph(*arguments)
+            messages.append(str(caught.value))
+        assert messages[0] == messages[1]
 
 
 def test_graph_of_one_cloud_without_a_batch_vector():
