@@ -42,7 +42,7 @@ static __global__ void __launch_bounds__(kRadixThreads)
     radix_scan_kernel(int64_t* __restrict__ counts, int64_t* __restrict__ totals, int64_t blocks) {
   int64_t* row = counts + blockIdx.x * blocks;
   int64_t before = 0;
-  for (int64_t first = 0; first < blocks; first += kRadixThreads) {
+  for (int64_t first = 0; first < blocks; first += blockDim.x) {
     const int64_t block = first + threadIdx.x;
     int64_t total;
     const int64_t sum = block_exclusive_sum(block < blocks ? row[block] : int64_t(0), &total);
@@ -128,10 +128,11 @@ void sort_by_key(Tensor& keys, Tensor& values, int bits, cudaStream_t stream) {
   Tensor counts = torch::stable::new_empty(keys, {kRadixBuckets * blocks}, ScalarType::Long);
   Tensor totals = torch::stable::new_empty(keys, {kRadixBuckets}, ScalarType::Long);
   const auto data = [](const Tensor& tensor) { return tensor.mutable_data_ptr(); };
+  const int64_t scanners = std::min<int64_t>(kRadixThreads, divide_up(blocks, kWarpSize) * kWarpSize);
   for (int shift = 0; shift < bits; shift += kRadixBits) {
     launch("radix_count", radix_count_kernel<Key>, grid_of(blocks), dim3(kRadixThreads), 0, stream,
            static_cast<const Key*>(data(keys)), mutable_data<int64_t>(counts), count, shift);
-    launch("radix_scan", radix_scan_kernel, dim3(kRadixBuckets), dim3(kRadixThreads), 0, stream,
+    launch("radix_scan", radix_scan_kernel, dim3(kRadixBuckets), dim3(scanners), 0, stream,
            mutable_data<int64_t>(counts), mutable_data<int64_t>(totals), blocks);
     launch("radix_scatter", radix_scatter_kernel<Key, Value>, grid_of(blocks), dim3(kRadixThreads), 0, stream,
            static_cast<const Key*>(data(keys)), static_cast<const Value*>(data(values)),

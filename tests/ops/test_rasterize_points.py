@@ -147,6 +147,16 @@ def test_points_beyond_the_first_portion_are_found():
         assert torch.equal(indices[row], expected)
 
 
+def test_many_points_on_many_tiles_are_taken_in_portions():
+    count, width = 40_000, 1 << 16
+    points = torch.rand(count, 3, dtype=torch.float64) * torch.tensor([width, 16.0, 1.0]) + 0.01
+    indices = rasterize_points(points, (16, width), 4.0, 5).indices
+    columns, rows = torch.randint(width, (150,)), torch.randint(16, (150,))
+    expected = nearest_at(points, 4.0, 5, rows, columns)
+    assert torch.equal(indices[rows, columns], expected)
+    assert (expected[:, 3] >= 0).any()
+
+
 def test_ignores_what_flows_into_empty_slots():
     points = (torch.rand(2, 30, 3, dtype=torch.float64) * 8).requires_grad_()
     found = rasterize_points(points, (9, 7), 1.5, 4)
