@@ -4,23 +4,33 @@ from __future__ import annotations
 
 import os
 import platform
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
 import avatar_ops
 from avatar_ops import _native
-from avatar_ops._library import HAS_CUDA_KERNELS, NAMESPACE
+from avatar_ops._library import HAS_CUDA_KERNELS, NAMESPACE, TRITON_KERNELS
 
 DEVICES = ("CPU", "CUDA")
 
 
 def kernel_of(op: str, device: str) -> str:
-    """What runs when `op` is called on `device`: 'native', 'torch ops' or '-' for nothing."""
+    """What runs when `op` is called on `device`: 'C++', 'CUDA', 'Triton', 'torch ops' or '-' for nothing."""
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     if has_kernel(op, device):
-        return f"C++ ({_native.isa()})" if device == "CPU" else "CUDA"
+        if device == "CPU":
+            return f"C++ ({_native.isa()})"
+        return "Triton" if op.removeprefix(f"{NAMESPACE}::") in TRITON_KERNELS else "CUDA"
     composed = ("CompositeImplicitAutograd", "CompositeExplicitAutograd")
     return "torch ops" if any(has_kernel(op, key) for key in composed) else "-"
+
+
+def triton_version() -> str:
+    try:
+        return version("triton")
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def report() -> str:
@@ -41,6 +51,7 @@ def report() -> str:
         f"processor         {platform.machine()}, {torch.get_num_threads()} threads",
         f"instruction set   {_native.isa()}{chosen}; available: {', '.join(_native.available_isas())}",
         f"CUDA kernels      {cuda}",
+        f"triton            {triton_version()}",
         f"devices           {', '.join(['cpu', *devices])}",
         "",
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import numbers
 import os
 from collections.abc import Callable, Sequence
@@ -15,6 +16,8 @@ from . import _native
 
 NAMESPACE = "avatar_ops"
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Op -> launcher, of the ops that run in Triton where there is a GPU.
+TRITON_KERNELS: dict[str, Callable] = {}
 _FOLDER = Path(__file__).parent
 
 
@@ -36,6 +39,22 @@ def _load() -> bool:
 def define(schema: str) -> None:
     """Defines an op from its schema, without the namespace: `define("edge_max(Tensor a) -> Tensor")`."""
     torch.library.define(f"{NAMESPACE}::{schema.split('(')[0]}", "(" + schema.split("(", 1)[1])
+
+
+def launch_with_triton(module: str, *names: str) -> None:
+    """Gives the ops CUDA kernels: the functions of these names in avatar_ops.triton.`module`.
+
+    The module is imported at the first call, since triton is not everywhere and takes long to import.
+    """
+
+    for name in names:
+
+        def run(*args, name=name):
+            return getattr(importlib.import_module(f"{NAMESPACE}.triton.{module}"), name)(*args)
+
+        TRITON_KERNELS[name] = run
+        if torch.version.cuda is not None and importlib.util.find_spec("triton") is not None:
+            torch.library.impl(f"{NAMESPACE}::{name}", "CUDA", run)
 
 
 def forbid_second_derivative(backward: str) -> None:

@@ -16,6 +16,7 @@ from ._library import (
     check_slope,
     define,
     forbid_second_derivative,
+    launch_with_triton,
 )
 from .local_attention_pool import check_position_layers
 
@@ -53,6 +54,9 @@ def edge_moments(
     Returns:
         mean (P,), covariance (P, P) divided by the number of edges, and that number (), all float64; zeros
         where there is no edge. Deviations are taken before they are squared.
+
+    Raises:
+        ValueError: as local_attention_pool; on CUDA, more than 128 of the numbers, or outputs of a layer.
 
     Differentiable (first order) in points, weights and biases, through mean and covariance.
     Reference: reference.edge_moments.
@@ -119,3 +123,4 @@ def _backward(ctx, grad_mean, grad_covariance, grad_count):
 torch.library.register_autograd("avatar_ops::edge_moments", _backward, setup_context=_setup_context)
 forbid_second_derivative("edge_moments_backward")
 autocast_to_float32("edge_moments")
+launch_with_triton("edge_moments", "edge_moments", "edge_moments_backward")

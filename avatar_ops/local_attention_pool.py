@@ -17,6 +17,7 @@ from ._library import (
     check_slope,
     define,
     forbid_second_derivative,
+    launch_with_triton,
 )
 
 define(
@@ -62,7 +63,8 @@ def local_attention_pool(
         (B, N, C + P) in the dtype of points; 0 where a point has no neighbour.
 
     Raises:
-        TypeError: unsupported or mixed dtypes.   ValueError: rank, shape, batch or device mismatch, slope.
+        TypeError: unsupported or mixed dtypes.   ValueError: rank, shape, batch or device mismatch, slope;
+        on CUDA, a position layer of more than 128 outputs.
         IndexError: a neighbour outside [-1, N) (CPU).
 
     Differentiable (first order) in everything floating; the gradient of the distance at 0 is 0.
@@ -195,3 +197,4 @@ def _backward(ctx, grad, grad_statistics):
 torch.library.register_autograd("avatar_ops::local_attention_pool", _backward, setup_context=_setup_context)
 forbid_second_derivative("local_attention_pool_backward")
 autocast_to_active("local_attention_pool")
+launch_with_triton("local_attention_pool", "local_attention_pool", "local_attention_pool_backward")

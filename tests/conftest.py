@@ -1,10 +1,12 @@
 import os
 import tempfile
+from pathlib import Path
 
 import pytest
 import torch
 
 from avatar_ops import _native
+from avatar_ops._library import TRITON_KERNELS
 
 # Inductor's cache does not know when an op's schema changes, so each run has one of its own.
 _inductor_cache = tempfile.TemporaryDirectory(prefix="inductor-")
@@ -25,7 +27,17 @@ def pytest_addoption(parser):
         action="append",
         help="plain (default), sanitize, race or ucontext: builds of csrc/hostcuda to test (repeatable)",
     )
+    parser.addoption(
+        "--triton",
+        metavar="LOG",
+        help="run the op tests on Triton kernels in triton's interpreter, naming in LOG those that ran",
+    )
     parser.addoption("--op", action="append", help="of the op tests, run those of this op only (repeatable)")
+    parser.addoption(
+        "--every-triton-shape",
+        action="store_true",
+        help="compile Triton kernels for every shape and architecture",
+    )
     parser.addoption("--large", action="store_true", help="also run the tests that need 18 GB of memory")
 
 
@@ -33,6 +45,63 @@ def pytest_configure(config):
     # In this process the library takes the place of the CPU kernels, for good.
     if library := config.getoption("hostcuda"):
         torch.ops.load_library(library)
+    if log := config.getoption("triton"):
+        interpret_triton_kernels(Path(log))
+
+
+def interpret_triton_kernels(log: Path):
+    """Puts Triton launchers in the place of CPU kernels, for good, and logs the kernels that they start."""
+    # Read when triton is imported, and again where a kernel is decorated.
+    os.environ["TRITON_INTERPRET"] = "1"
+    from triton.runtime import interpreter
+
+    started = set()
+    call = interpreter.GridExecutor.__call__
+
+    def logged_call(self, *args, **kwargs):
+        name = f"{self.fn.__module__}.{self.fn.__name__}"
+        if name not in started:
+            started.add(name)
+            with log.open("a") as file:
+                file.write(name + "\n")
+        return call(self, *args, **kwargs)
+
+    # Every call of a device function would look through triton.language again, for most of the time.
+    prepared = set()
+
+    def device_call(self, *args, **kwargs):
+        if id(self.fn.__globals__) not in prepared:
+            prepared.add(id(self.fn.__globals__))
+            interpreter._patch_lang(self.fn)
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.GridExecutor.__call__ = logged_call
+    interpreter.InterpretedFunction.__call__ = device_call
+    # The interpreter takes its time by the operation, however many numbers it is on.
+    from avatar_ops.triton import _position
+
+    for edges in _position.EDGES.values():
+        edges.update(dict.fromkeys(edges, 256))
+    # So that a slice has several tiles of what tests are made of.
+    _position.LEAST_SLICES = 2
+    for name, launcher in TRITON_KERNELS.items():
+
+        def run(*args, name=name, launcher=launcher):
+            try:
+                return launcher(*args)
+            except interpreter.InterpreterError as error:
+                # Where a device assertion traps on a GPU, the contract on the CPU wants the first bad place.
+                if "neighbors: an index" not in str(error):
+                    raise
+                raise first_bad_neighbor(name, args) from error
+
+        torch.library.impl(f"avatar_ops::{name}", "CPU", run)
+
+
+def first_bad_neighbor(op: str, args) -> IndexError:
+    neighbors = next(t for t in args if isinstance(t, torch.Tensor) and t.dtype == torch.int64)
+    bad = ((neighbors < -1) | (neighbors >= args[0].shape[1])).nonzero()[0].tolist()
+    return IndexError(f"{op}: neighbors{bad} = {neighbors[tuple(bad)]}")
 
 
 def pytest_collection_modifyitems(config, items):

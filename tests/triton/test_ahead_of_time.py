@@ -1,0 +1,80 @@
+"""Triton kernels compiled for sm_80, sm_90 and sm_100 over the shapes of the networks that use them."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="comes with torch's CUDA builds")
+# Kernels of a process in which triton interprets cannot be compiled.
+import ahead_of_time
+
+from avatar_ops.triton import edge_moments, local_attention_pool
+
+
+def position_network_inputs(points, k, width, depth, dtype):
+    weights = [torch.empty(width, 10, dtype=dtype), *(torch.empty(width, width, dtype=dtype),) * (depth - 1)]
+    biases = [torch.empty(width, dtype=dtype)] * depth
+    return (
+        torch.empty(1, points, 3, dtype=dtype),
+        torch.empty(1, points, k, dtype=torch.int64),
+        weights,
+        biases,
+    )
+
+
+def run_local_attention_pool(points, k, width, depth, dtype):
+    cloud, neighbors, weights, biases = position_network_inputs(points, k, width, depth, dtype)
+    inputs = (
+        cloud,
+        torch.empty(1, points, width, dtype=dtype),
+        neighbors,
+        weights,
+        biases,
+        torch.empty(2 * width, 2 * width, dtype=dtype),
+    )
+    pooled, statistics = local_attention_pool.local_attention_pool(*inputs, 0.2, True)
+    local_attention_pool.local_attention_pool_backward(pooled, *inputs, pooled, statistics, 0.2, True)
+
+
+def run_edge_moments(points, k, width, depth, dtype):
+    inputs = position_network_inputs(points, k, width, depth, dtype)
+    mean, covariance, count = edge_moments.edge_moments(*inputs, 0.2)
+    edge_moments.edge_moments_backward(mean, covariance, *inputs, mean, count, 0.2, True)
+
+
+OPS = {"local_attention_pool": run_local_attention_pool, "edge_moments": run_edge_moments}
+# RandLA-Net's levels: points, neighbours, C = P; the position network's depth; dtype.
+SHAPES = [
+    (100_000, 16, 8, 1, torch.float32),
+    (25_000, 16, 32, 2, torch.float32),
+    (25_000, 16, 32, 1, torch.bfloat16),
+    (6_250, 16, 64, 1, torch.float32),
+    (1_562, 16, 128, 2, torch.float32),
+    (1_562, 16, 128, 1, torch.float16),
+    (100_000, 12, 8, 1, torch.float64),
+]
+CAPABILITIES = (80, 90, 100)
+# Of all combinations, what is compiled unless --every-triton-shape asks for the rest: each kernel for each
+# architecture once, each width once.
+ALWAYS = {(0, 80), (1, 90), (4, 90), (3, 100)}
+
+
+def ids(value):
+    return "-".join(str(part).removeprefix("torch.") for part in value) if isinstance(value, tuple) else None
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("shape", SHAPES, ids=ids)
+@pytest.mark.parametrize("op", OPS)
+def test_kernels_compile_without_spills_and_use_matrix_units(op, shape, capability, pytestconfig):
+    chosen = (SHAPES.index(shape), capability) in ALWAYS
+    if not chosen and not pytestconfig.getoption("every_triton_shape"):
+        pytest.skip("asked for by --every-triton-shape")
+    started = ahead_of_time.launches(lambda: OPS[op](*shape))
+    assert started
+    for launch in started:
+        compiled = ahead_of_time.compile_for(launch, capability)
+        assert compiled.local_accesses == 0, (launch.name, compiled)
+        assert compiled.shared_bytes <= ahead_of_time.SHARED_BYTES[capability], (launch.name, compiled)
+        # The mean is a sum, and a position network of one layer is made of multiply-adds.
+        if launch.name != "mean_kernel" or shape[3] > 1:
+            assert compiled.matrix_instructions, (launch.name, compiled)
