@@ -1,28 +1,10 @@
+#include "bias_act/activation.cuh"
 #include "common/cuda.cuh"
 
 namespace avatar {
 namespace {
 
 constexpr int kThreads = 256;
-
-template <typename A>
-struct Activation {
-  A slope, gain, clamp;
-
-  __device__ A forward(A value) const {
-    value = (value > A(0) ? value : value * slope) * gain;
-    if (value > clamp) return clamp;
-    return value < -clamp ? -clamp : value;
-  }
-
-  // The derivative by what is activated, from a value of the same sign and, where clamped, the same size.
-  __device__ A derivative(A value) const {
-    const A scale = value > A(0) ? gain : slope * gain;
-    const A output = value * scale;
-    const bool open = clamp == std::numeric_limits<A>::infinity() || (output > -clamp && output < clamp);
-    return open ? scale : A(0);
-  }
-};
 
 // One thread an element, at most 2**31 - 1 blocks of them, the rest by striding.
 template <typename T, typename A>
@@ -63,12 +45,6 @@ int64_t inner_size(const Tensor& x) {
   int64_t size = 1;
   for (int64_t dim = 2; dim < x.dim(); ++dim) size *= x.size(dim);
   return size;
-}
-
-template <typename A>
-Activation<A> activation_of(double slope, double gain, std::optional<double> clamp) {
-  return {static_cast<A>(slope), static_cast<A>(gain),
-          clamp ? static_cast<A>(*clamp) : std::numeric_limits<A>::infinity()};
 }
 
 template <typename T>
