@@ -1,4 +1,4 @@
-"""StyleGAN2's modulated convolution: schema, public function, CPU kernel, fake, autograd."""
+"""StyleGAN2's modulated convolution: schema, public function, composed kernel, fake, autograd."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from ._library import (
     check_rank,
     check_shape,
     define,
+    launch_with_triton,
 )
 from .bias_act import activation_options, check_bias, sign_from_output
 from .upfirdn2d import filter_gradient, transposed
@@ -85,7 +86,9 @@ def modulated_conv2d(
         TypeError: unsupported or mixed dtype.   ValueError: rank, shape, device or option; too small an x.
 
     Differentiable in everything floating, any number of times. Styles scale the input and norms the output of
-    one convolution with the shared weight; no weight per sample is formed.
+    one convolution with the shared weight; no weight per sample is formed. On a GPU its float32 products use
+    TensorFloat-32 where torch.backends.cuda.matmul.fp32_precision is "tf32"; gradients are made of torch's own
+    convolutions and follow their switch.
     Source: Karras et al., Analyzing and Improving the Image Quality of StyleGAN, CVPR 2020, sec. 2.2.
     Reference: reference.modulated_conv2d.
     """
@@ -144,7 +147,7 @@ def modulated_conv2d(
 
 def output_size(size, k: int, taps: int, padding: int, up: int, down: int) -> tuple[int, int]:
     """Height and width of the result, below 1 where the image is too small."""
-    a, b, _, _ = _sides(k, taps, padding, up)
+    a, b, _, _ = filter_padding(k, taps, padding, up)
     if up == 2:
         return tuple((length - 1) * 2 + k + a + b - taps + 1 for length in size)
     if down == 2:
@@ -152,8 +155,8 @@ def output_size(size, k: int, taps: int, padding: int, up: int, down: int) -> tu
     return tuple(length + 2 * padding - k + 1 for length in size)
 
 
-def _sides(k: int, taps: int, padding: int, up: int) -> tuple[int, int, int, int]:
-    """Padding of the resampling filter."""
+def filter_padding(k: int, taps: int, padding: int, up: int) -> tuple[int, int, int, int]:
+    """Padding of the resampling filter: left, right, top, bottom."""
     if up == 2:
         a, b = padding + (taps + 1) // 2 - (k - 1), padding + (taps - 2) // 2 - (k - 2)
     else:
@@ -218,7 +221,7 @@ def _convolve(x: Tensor, weight: Tensor, f: Tensor | None, up: int, down: int, p
     taps = 0 if f is None else f.shape[0]
     if x.numel() == 0 or weight.numel() == 0:
         return x.new_zeros(x.shape[0], weight.shape[0], *output_size(x.shape[2:], k, taps, padding, up, down))
-    sides = _sides(k, taps, padding, up)
+    sides = filter_padding(k, taps, padding, up)
     if up == 2:
         return _resample(F.conv_transpose2d(x, _transposed_weight(weight), stride=2), f, sides, 4.0)
     if down == 2:
@@ -234,7 +237,7 @@ def _convolve_backward(
         return torch.zeros_like(x), torch.zeros_like(weight), None if f is None else torch.zeros_like(f)
     need_x, need_weight, need_f = needed
     k = weight.shape[2]
-    sides = _sides(k, 0 if f is None else f.shape[0], padding, up)
+    sides = filter_padding(k, 0 if f is None else f.shape[0], padding, up)
     grad_f = None
 
     def convolution_backward(grad, x, weight, stride, padding, transposed, need_x):
@@ -280,10 +283,10 @@ def _pixel_products(a: Tensor, b: Tensor) -> Tensor:
 
 # float16 and bfloat16 are widened on the way into the convolution, so nothing overflows between the
 # modulation and the demodulation.
-@torch.library.impl("avatar_ops::modulated_conv2d", "CPU")
-def _(
+def composed(
     x, weight, styles, f, noise, bias, demodulate, up, down, padding, slope, gain, clamp, eps, keep
 ):  # fmt: skip
+    """The op as torch's convolution between the scalings, and the native epilogue."""
     dtype = _accumulate_dtype(x.dtype)
     weight, styles = weight.to(dtype).contiguous(), styles.to(dtype)
     z = _convolve(x.contiguous() * _per_channel(styles), weight, f, up, down, padding).contiguous()
@@ -297,6 +300,9 @@ def _(
     if keep:
         return y.to(x.dtype), z.to(x.dtype)
     return z.to(x.dtype), x.new_empty(0)
+
+
+torch.library.impl("avatar_ops::modulated_conv2d", "CPU", composed)
 
 
 @torch.library.register_fake("avatar_ops::modulated_conv2d")
@@ -382,3 +388,4 @@ def _backward(ctx, grad_y, grad_demodulated):
 
 torch.library.register_autograd("avatar_ops::modulated_conv2d", _backward, setup_context=_setup_context)
 autocast_to_active("modulated_conv2d")
+launch_with_triton("modulated_conv2d", "modulated_conv2d")

@@ -76,9 +76,11 @@ def specialize(launch: Launch) -> tuple[ASTSource, dict]:
         if isinstance(value, torch.Tensor):
             signature[name] = "*" + TYPES[value.dtype]
             aligned = True
-        elif value == 1:
-            constants[name] = 1
+        elif value is None or value == 1:
+            constants[name] = value
             continue
+        elif isinstance(value, float):
+            signature[name], aligned = "fp32", False
         else:
             signature[name] = "i32" if value < 2**31 else "i64"
             aligned = value % 16 == 0
