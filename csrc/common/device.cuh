@@ -65,9 +65,17 @@ inline int64_t divide_up(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
-inline dim3 grid_of(int64_t blocks) {
-  if (blocks > 0x7fffffff) throw std::runtime_error("a grid of " + std::to_string(blocks) + " blocks");
-  return dim3(static_cast<unsigned>(blocks));
+inline dim3 grid_of(int64_t x, int64_t y = 1, int64_t z = 1) {
+  if (x > 0x7fffffff || y > 0xffff || z > 0xffff) {
+    throw std::runtime_error("a grid of " + std::to_string(x) + " x " + std::to_string(y) + " x " +
+                             std::to_string(z) + " blocks is too large");
+  }
+  return dim3(static_cast<unsigned>(x), static_cast<unsigned>(y), static_cast<unsigned>(z));
+}
+
+// Blocks along x for that many units of work; what does not fit is for the kernel's stride.
+inline unsigned grid_size(int64_t units) {
+  return static_cast<unsigned>(units < 0x7fffffff ? units : 0x7fffffff);
 }
 
 // Every kernel starts here. An empty grid is no work, not an error.

@@ -36,13 +36,4 @@ inline dim3 block_for_columns(int64_t columns, int threads) {
   return dim3(lanes, threads / lanes);
 }
 
-inline int64_t ceil_divide(int64_t count, int64_t size) {
-  return (count + size - 1) / size;
-}
-
-// Blocks along x for that many units of work; what does not fit is for the kernel's stride.
-inline unsigned grid_size(int64_t units) {
-  return static_cast<unsigned>(units < 0x7fffffff ? units : 0x7fffffff);
-}
-
 }  // namespace avatar

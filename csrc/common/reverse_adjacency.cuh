@@ -9,7 +9,8 @@
 
 namespace avatar {
 
-// neighbors (batch, rows, k) with entries in [-1, num_points); `op` is for messages.
+// neighbors (batch, ..., k), taken as (batch, rows, k), with entries in [-1, num_points); `op` is for
+// messages.
 struct NeighborList {
   const char* op;
   const int64_t* neighbors;
@@ -102,6 +103,12 @@ __global__ void __launch_bounds__(kAdjacencyThreads)
 
 }  // namespace
 
+inline int64_t rows_of(const Tensor& neighbors) {
+  int64_t rows = 1;
+  for (int64_t d = 1; d + 1 < neighbors.dim(); ++d) rows *= neighbors.size(d);
+  return rows;
+}
+
 // Ascending values along the last dimension, equal ones in the order given, and where each came from.
 inline std::tuple<Tensor, Tensor> stable_sort(const Tensor& values) {
   std::array<StableIValue, 4> stack{
@@ -112,9 +119,9 @@ inline std::tuple<Tensor, Tensor> stable_sort(const Tensor& values) {
   return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};
 }
 
-// neighbors (B, M, K) contiguous.
+// neighbors (batch, ..., k) contiguous.
 inline ReverseAdjacency reverse_adjacency(const char* op, const Tensor& neighbors, int64_t num_points) {
-  const int64_t batch = neighbors.size(0), rows = neighbors.size(1), k = neighbors.size(2);
+  const int64_t batch = neighbors.size(0), k = neighbors.size(-1), rows = rows_of(neighbors);
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
   if (num_points > kMost || rows * k > kMost) {
     throw std::invalid_argument(std::string(op) + ": got a cloud of " + std::to_string(num_points) +
@@ -123,13 +130,13 @@ inline ReverseAdjacency reverse_adjacency(const char* op, const Tensor& neighbor
   }
   const cudaStream_t stream = current_stream(neighbors);
   Tensor targets = torch::stable::new_empty(neighbors, {batch, rows * k}, ScalarType::Int);
-  launch(op, edge_target_kernel, dim3(grid_size(ceil_divide(neighbors.numel(), kAdjacencyThreads))),
+  launch(op, edge_target_kernel, grid_of(grid_size(divide_up(neighbors.numel(), kAdjacencyThreads))),
          dim3(kAdjacencyThreads), 0, stream,
          NeighborList{op, const_data<int64_t>(neighbors), rows, k, num_points},
          mutable_data<int32_t>(targets), neighbors.numel());
   auto [sorted, edges] = stable_sort(targets);
   Tensor offsets = torch::stable::new_empty(neighbors, {batch, num_points + 1});
-  launch(op, edge_offset_kernel, dim3(grid_size(ceil_divide(offsets.numel(), kAdjacencyThreads))),
+  launch(op, edge_offset_kernel, grid_of(grid_size(divide_up(offsets.numel(), kAdjacencyThreads))),
          dim3(kAdjacencyThreads), 0, stream, const_data<int32_t>(sorted), mutable_data<int64_t>(offsets),
          batch, num_points, rows * k);
   return {edges, offsets};
@@ -137,8 +144,8 @@ inline ReverseAdjacency reverse_adjacency(const char* op, const Tensor& neighbor
 
 inline IncomingEdgesOf incoming_edges(const ReverseAdjacency& reverse, const Tensor& neighbors,
                                       int64_t num_points) {
-  return {const_data<int64_t>(reverse.edges), const_data<int64_t>(reverse.offsets), neighbors.size(1),
-          neighbors.size(2), num_points};
+  return {const_data<int64_t>(reverse.edges), const_data<int64_t>(reverse.offsets), rows_of(neighbors),
+          neighbors.size(-1), num_points};
 }
 
 }  // namespace avatar

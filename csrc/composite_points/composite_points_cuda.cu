@@ -1,7 +1,6 @@
 #include <algorithm>
 
-#include "common/adjacency.cuh"
-#include "common/cuda.cuh"
+#include "common/reverse_adjacency.cuh"
 
 namespace avatar {
 namespace {
@@ -250,20 +249,21 @@ __global__ void __launch_bounds__(kThreads, 2)
 template <typename T, typename A>
 __global__ void __launch_bounds__(kThreads, 2)
     composite_features_kernel(const A* __restrict__ grad_rows, const A* __restrict__ weights,
-                              const int64_t* __restrict__ offsets, const uint32_t* __restrict__ edges,
-                              T* __restrict__ grad_features, int64_t count, Layout layout) {
+                              IncomingEdgesOf incoming, T* __restrict__ grad_features, int64_t count,
+                              Layout layout) {
   const int64_t n = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarpSize) + threadIdx.x / kWarpSize;
   if (n >= count) return;
   const int in_warp = threadIdx.x % kWarpSize, lane = in_warp % layout.lanes, group = in_warp / layout.lanes;
-  const int64_t begin = offsets[n], end = offsets[n + 1], b = n / layout.num_points;
+  const int64_t b = n / layout.num_points;
+  const IncomingEdges edges = incoming.point(b, n - b * layout.num_points);
   for (int64_t block = 0; block < layout.channel_blocks; ++block) {
     const int64_t channel = (block * layout.lanes + lane) * kChannels;
     A sums[kChannels] = {};
-    for (int64_t e = begin + group; e < end; e += kWarpSize / layout.lanes) {
-      const int64_t slot = edges[e];
+    for (int64_t e = group; e < edges.count; e += kWarpSize / layout.lanes) {
+      const int64_t slot = edges.edges[e];
       const A weight = weights[b * layout.pixels * layout.slots + slot];
       A values[kChannels];
-      load_channels(grad_rows + (b * layout.pixels + slot / layout.slots) * layout.channels, channel, layout,
+      load_channels(grad_rows + (b * layout.pixels + edges.row(e)) * layout.channels, channel, layout,
                     values);
       for (int v = 0; v < kChannels; ++v) sums[v] += weight * values[v];
     }
@@ -360,7 +360,7 @@ Tensor composite_points_backward_features_cuda(const Tensor& grad_image_in, cons
   Tensor grad_features = torch::stable::new_empty(grad_image, {batch, num_points, channels});
   const cudaStream_t stream = current_stream(grad_image);
   const ReverseAdjacency slots_of =
-      reverse_adjacency("composite_points_backward_features", indices, num_points, stream);
+      reverse_adjacency("composite_points_backward_features", indices, num_points);
   Layout layout(num_points, channels, pixels, k);
   dispatch_floating(grad_image.scalar_type(), "composite_points_backward_features", [&](auto zero) {
     using T = decltype(zero);
@@ -374,8 +374,8 @@ Tensor composite_points_backward_features_cuda(const Tensor& grad_image_in, cons
     layout.vectors = allows_vectors<A>(grad_rows.const_data_ptr(), channels);
     launch("composite_features", composite_features_kernel<T, A>,
            grid_of(divide_up(batch * num_points, kThreads / kWarpSize)), dim3(kThreads), 0, stream,
-           data_of<A>(grad_rows), data_of<A>(weights), const_data<int64_t>(slots_of.offsets),
-           data_of<uint32_t>(slots_of.edges), mutable_data_of<T>(grad_features), batch * num_points, layout);
+           data_of<A>(grad_rows), data_of<A>(weights), incoming_edges(slots_of, indices, num_points),
+           mutable_data_of<T>(grad_features), batch * num_points, layout);
   });
   return grad_features;
 }

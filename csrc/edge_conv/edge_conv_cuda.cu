@@ -148,7 +148,7 @@ std::tuple<Tensor, Tensor> edge_conv_cuda(const Tensor& x_in, const Tensor& neig
     const EdgeWeight<A> folded = fold.folded<A>(sizes);
     const Tensor reference = find_reference<T>("edge_conv", x, list, sizes, false);
     launch("edge_conv", edge_constant_kernel<A>,
-           dim3(ceil_divide(constant.numel(), kConstantThreads / kWarpSize)), dim3(kConstantThreads), 0,
+           grid_of(divide_up(constant.numel(), kConstantThreads / kWarpSize)), dim3(kConstantThreads), 0,
            stream, sizes, folded, data_of<A>(reference), data_or_null<A>(fold.bias),
            data_or_null<A>(fold.shift), data_of<A>(constant));
     edge_products<T, A>("edge_conv", x, sizes, folded, {data_of<A>(reference), sizes.inputs},
@@ -157,7 +157,7 @@ std::tuple<Tensor, Tensor> edge_conv_cuda(const Tensor& x_in, const Tensor& neig
       using Slot = decltype(slot);
       const dim3 block = sizes.block<A>();
       launch("edge_conv", edge_gather_kernel<T, A, Slot>,
-             sizes.grid<A>(grid_size(ceil_divide(sizes.rows(), block.y))), block, 0, stream, data_of<A>(u),
+             sizes.grid<A>(grid_size(divide_up(sizes.rows(), block.y))), block, 0, stream, data_of<A>(u),
              data_of<A>(q), list, sizes, static_cast<A>(negative_slope), data_of<T>(output),
              keep_slots ? data_of<Slot>(slots) : nullptr);
     });

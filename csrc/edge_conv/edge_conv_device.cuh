@@ -40,11 +40,11 @@ struct EdgeSizes {
         stride(pad_columns(channels)) {}
 
   __host__ __device__ int64_t rows() const { return batch * num_points; }
-  int64_t row_blocks() const { return ceil_divide(rows(), kBlockRows); }
+  int64_t row_blocks() const { return divide_up(rows(), kBlockRows); }
   // One block for each of `row_units`, times those that the columns take; at least one where there are none.
   template <typename A>
   dim3 grid(int64_t row_units) const {
-    return dim3(row_units, std::max<int64_t>(1, ceil_divide(stride / kColumns<A>, block<A>().x)));
+    return dim3(row_units, std::max<int64_t>(1, divide_up(stride / kColumns<A>, block<A>().x)));
   }
   template <typename A>
   dim3 block() const {
@@ -527,8 +527,8 @@ template <typename T, typename A>
 void edge_products(const char* op, const Tensor& x, const EdgeSizes& sizes, const EdgeWeight<A>& weight,
                    const EdgeReference<A>& reference, const A* constant, const Tensor& u, const Tensor& q) {
   launch(op, edge_products_kernel<T, A>,
-         dim3(sizes.batch * ceil_divide(sizes.num_points, kProductTile),
-              ceil_divide(2 * sizes.stride, kProductTile)),
+         grid_of(sizes.batch * divide_up(sizes.num_points, kProductTile),
+                 divide_up(2 * sizes.stride, kProductTile)),
          dim3(kProductThreads), 0, current_stream(x), data_of<T>(x), sizes, weight, reference, constant,
          data_of<A>(u), data_of<A>(q));
 }
@@ -539,7 +539,7 @@ Tensor edge_gradients(const char* op, const Tensor& x, const EdgeSizes& sizes, c
                       const EdgeReference<A>& reference, const Tensor& grad_u, const Tensor& grad_q,
                       const Tensor& cloud_of_row, bool center_own, const Tensor& grad_x) {
   launch(op, edge_input_gradient_kernel<T, A>,
-         dim3(ceil_divide(sizes.rows(), kProductTile), ceil_divide(sizes.inputs, kProductTile)),
+         grid_of(divide_up(sizes.rows(), kProductTile), divide_up(sizes.inputs, kProductTile)),
          dim3(kProductThreads), 0, current_stream(x), data_of<A>(grad_u), data_of<A>(grad_q), sizes, weight,
          data_of<T>(grad_x));
   // Together the parts take no more memory than x and u.
@@ -548,7 +548,7 @@ Tensor edge_gradients(const char* op, const Tensor& x, const EdgeSizes& sizes, c
   const int64_t parts = std::clamp<int64_t>(std::min(fitting, sizes.row_blocks()), 1, kWeightParts);
   Tensor partial = torch::stable::new_empty(grad_u, {parts, 2, sizes.channels, sizes.inputs});
   launch(op, edge_weight_gradient_kernel<T, A>,
-         dim3(ceil_divide(sizes.channels, kProductTile), ceil_divide(sizes.inputs, kProductTile), 2 * parts),
+         grid_of(divide_up(sizes.channels, kProductTile), divide_up(sizes.inputs, kProductTile), 2 * parts),
          dim3(kProductThreads), 0, current_stream(x), data_of<T>(x), data_of<A>(grad_u), data_of<A>(grad_q),
          data_of<int32_t>(cloud_of_row), sizes, reference, center_own, data_of<A>(partial));
   return partial;

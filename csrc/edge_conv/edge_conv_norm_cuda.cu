@@ -305,7 +305,7 @@ __global__ void __launch_bounds__(kFinishThreads)
 template <typename A>
 Tensor signs_of(const Tensor& gamma) {
   Tensor signs = torch::stable::new_empty(gamma, gamma.sizes());
-  launch("edge_conv_norm", edge_sign_kernel<A>, dim3(ceil_divide(gamma.numel(), kFinishThreads)),
+  launch("edge_conv_norm", edge_sign_kernel<A>, grid_of(divide_up(gamma.numel(), kFinishThreads)),
          dim3(kFinishThreads), 0, current_stream(gamma), data_of<A>(gamma), data_of<A>(signs), gamma.numel());
   return signs;
 }
@@ -348,16 +348,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> edge_conv_norm_cuda(
              keep_slots ? data_of<Slot>(slots) : nullptr, data_of<int32_t>(degrees), statistics);
     });
     launch("edge_conv_norm", edge_statistics_kernel<A>,
-           dim3(std::max<int64_t>(1, ceil_divide(sizes.channels, kWarpSize))),
+           dim3(std::max<int64_t>(1, divide_up(sizes.channels, kWarpSize))),
            dim3(kWarpSize, kStatisticsLanes), 0, stream, statistics, sizes.row_blocks(), sizes, folded,
            data_of<A>(reference), eps, data_of<int64_t>(count), data_of<A>(mean), data_of<A>(variance),
            data_of<A>(center), data_of<A>(inverse));
     const dim3 block = block_for_columns(sizes.channels, kApplyThreads);
     launch("edge_conv_norm", edge_norm_apply_kernel<T, A>,
-           dim3(grid_size(ceil_divide(sizes.rows(), block.y)), ceil_divide(sizes.channels, block.x)), block,
-           0, stream, data_of<A>(u), data_of<int32_t>(degrees), sizes, data_of<A>(center),
-           data_of<A>(inverse), data_of<A>(gamma), data_of<A>(beta), static_cast<A>(negative_slope),
-           data_of<T>(output));
+           grid_of(grid_size(divide_up(sizes.rows(), block.y)), divide_up(sizes.channels, block.x)), block, 0,
+           stream, data_of<A>(u), data_of<int32_t>(degrees), sizes, data_of<A>(center), data_of<A>(inverse),
+           data_of<A>(gamma), data_of<A>(beta), static_cast<A>(negative_slope), data_of<T>(output));
   });
   return {output, slots, count, mean, variance, center};
 }

@@ -136,7 +136,8 @@ std::tuple<Tensor, Tensor> edge_max_cuda(const Tensor& features_in, const Tensor
     dispatch_pack<T>(channels, is_aligned(data), [&](auto pack) {
       constexpr int kPack = decltype(pack)::value;
       const dim3 block = block_for_columns(channels / kPack, kThreads);
-      const dim3 grid(grid_size(ceil_divide(batch * rows, block.y)), ceil_divide(channels / kPack, block.x));
+      const dim3 grid =
+          grid_of(grid_size(divide_up(batch * rows, block.y)), divide_up(channels / kPack, block.x));
       launch("edge_max", edge_max_kernel<T, A, kPack>, grid, block, 0, current_stream(features), data, list,
              static_cast<T*>(values.mutable_data_ptr()), mutable_data<int64_t>(argmax), batch * rows,
              channels);
@@ -164,8 +165,9 @@ Tensor edge_max_backward_cuda(const Tensor& grad_in, const Tensor& argmax_in, co
       constexpr int kPack = decltype(pack)::value;
       const dim3 block = block_for_columns(channels / kPack, kThreads);
       launch("edge_max_backward", edge_max_backward_kernel<T, A, kPack>,
-             dim3(batch * num_points, ceil_divide(channels / kPack, block.x)), block, 0, current_stream(grad),
-             data, const_data<int64_t>(argmax), incoming_edges(reverse, neighbors, num_points),
+             grid_of(batch * num_points, divide_up(channels / kPack, block.x)), block, 0,
+             current_stream(grad), data, const_data<int64_t>(argmax),
+             incoming_edges(reverse, neighbors, num_points),
              static_cast<T*>(grad_features.mutable_data_ptr()), channels);
     });
   });

@@ -206,7 +206,7 @@ DeviceIndex build_index(const Tensor& points, const std::optional<Tensor>& lengt
     throw std::invalid_argument("knn: got clouds of " + std::to_string(rows) +
                                 " points, expected less than 2^31");
   }
-  const int64_t leaves = ceil_divide(rows, kLeaf);
+  const int64_t leaves = divide_up(rows, kLeaf);
   const bool tree = dims <= kTreeDims;
   const cudaStream_t stream = current_stream(points);
   const ScalarType type = points.scalar_type();
@@ -229,25 +229,25 @@ DeviceIndex build_index(const Tensor& points, const std::optional<Tensor>& lengt
   auto* bits = reinterpret_cast<unsigned long long*>(mutable_data<int64_t>(extent));
   const int64_t* used = lengths ? const_data<int64_t>(*lengths) : nullptr;
   // An empty cloud still has its length checked.
-  const int64_t blocks = std::max<int64_t>(1, ceil_divide(rows, kBuildThreads));
+  const int64_t blocks = std::max<int64_t>(1, divide_up(rows, kBuildThreads));
   if (tree) {
     check_cuda(cudaMemsetAsync(bits, 0xff, extent.numel() * sizeof(*bits), stream), "knn");
     const int64_t some = std::min<int64_t>(blocks, 512);
-    launch("knn", knn_extent_kernel<A>, dim3(batch * some), dim3(kBuildThreads), 0, stream, data, some, rows,
-           static_cast<int>(dims), used, bits);
+    launch("knn", knn_extent_kernel<A>, grid_of(batch * some), dim3(kBuildThreads), 0, stream, data, some,
+           rows, static_cast<int>(dims), used, bits);
   }
-  launch("knn", knn_key_kernel<A>, dim3(batch * blocks), dim3(kBuildThreads), 0, stream, data, blocks, rows,
-         dims, used, tree ? bits : nullptr, mutable_data<int64_t>(keys),
+  launch("knn", knn_key_kernel<A>, grid_of(batch * blocks), dim3(kBuildThreads), 0, stream, data, blocks,
+         rows, dims, used, tree ? bits : nullptr, mutable_data<int64_t>(keys),
          reinterpret_cast<unsigned long long*>(mutable_data<int64_t>(index.counts)));
   const Tensor sorted = std::get<1>(stable_sort(keys));
   A* boxes = tree ? mutable_data<A>(index.bounds) : nullptr;
   int32_t* lowest = tree ? mutable_data<int32_t>(index.extra) : nullptr;
-  launch("knn", knn_pack_kernel<A>, dim3(ceil_divide(batch * leaves, kBuildWarps)), dim3(kBuildThreads), 0,
+  launch("knn", knn_pack_kernel<A>, grid_of(divide_up(batch * leaves, kBuildWarps)), dim3(kBuildThreads), 0,
          stream, data, const_data<int64_t>(sorted), const_data<int64_t>(index.counts), batch, rows, leaves,
          dims, mutable_data<A>(index.coordinates), mutable_data<int32_t>(index.order), boxes, lowest);
   const TreeLevels levels(leaves);
   for (int level = 1; tree && level < levels.count; ++level) {
-    launch("knn", knn_level_kernel<A>, dim3(ceil_divide(batch * levels.size(level), kBuildWarps)),
+    launch("knn", knn_level_kernel<A>, grid_of(divide_up(batch * levels.size(level), kBuildWarps)),
            dim3(kBuildThreads), 0, stream, levels, level, batch, leaves, static_cast<int>(dims), boxes,
            lowest);
   }

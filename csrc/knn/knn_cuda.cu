@@ -232,10 +232,10 @@ template <typename A, typename List>
 void launch_search(const KnnArgs<A>& args, cudaStream_t stream) {
   const int64_t places = args.batch * args.places();
   if (args.dims <= kTreeDims) {
-    launch("knn", knn_tree_kernel<A, List>, dim3(ceil_divide(places, kTreeWarps)),
+    launch("knn", knn_tree_kernel<A, List>, grid_of(divide_up(places, kTreeWarps)),
            dim3(kTreeWarps * kWarpSize), 0, stream, args, TreeLevels(args.leaves));
   } else {
-    launch("knn", knn_feature_kernel<A, List>, dim3(args.batch * ceil_divide(args.places(), kLeaf)),
+    launch("knn", knn_feature_kernel<A, List>, grid_of(args.batch * divide_up(args.places(), kLeaf)),
            dim3(kFeatureWarps * kWarpSize), 0, stream, args);
   }
 }
@@ -252,8 +252,9 @@ std::tuple<Tensor, Tensor> search(const DeviceIndex& index, const Tensor& points
   Tensor distances = torch::stable::new_empty(points, {batch, num_queries, k});
   Tensor indices = torch::stable::new_empty(points, {batch, num_queries, k}, ScalarType::Long);
   const cudaStream_t stream = current_stream(points);
-  launch("knn", knn_fill_kernel<A>, dim3(grid_size(ceil_divide(distances.numel(), kThreads))), dim3(kThreads),
-         0, stream, mutable_data<A>(distances), mutable_data<int64_t>(indices), distances.numel());
+  launch("knn", knn_fill_kernel<A>, grid_of(grid_size(divide_up(distances.numel(), kThreads))),
+         dim3(kThreads), 0, stream, mutable_data<A>(distances), mutable_data<int64_t>(indices),
+         distances.numel());
   KnnArgs<A> args{};
   args.coordinates = const_data<A>(index.coordinates);
   args.order = const_data<int32_t>(index.order);
@@ -263,7 +264,7 @@ std::tuple<Tensor, Tensor> search(const DeviceIndex& index, const Tensor& points
     args.lowest = const_data<int32_t>(index.extra);
   }
   args.num_points = points.size(1);
-  args.leaves = ceil_divide(points.size(1), kLeaf);
+  args.leaves = divide_up(points.size(1), kLeaf);
   args.dims = points.size(2);
   // With lengths of their own, even the points' own rows are other queries than the index holds.
   args.queries = queries_in || query_lengths ? const_data<A>(queries) : nullptr;
@@ -275,7 +276,7 @@ std::tuple<Tensor, Tensor> search(const DeviceIndex& index, const Tensor& points
   args.exclude_self = exclude_self;
   args.distances = mutable_data<A>(distances);
   args.indices = mutable_data<int64_t>(indices);
-  if (k == 0 || args.leaves == 0) return {distances, indices};
+  if (distances.numel() == 0 || args.leaves == 0) return {distances, indices};
   if (k <= RegisterList<A>::kMost) {
     launch_search<A, RegisterList<A>>(args, stream);
   } else {
@@ -311,7 +312,7 @@ std::vector<Tensor> knn_build_cuda(const Tensor& points_in, const std::optional<
 
 // An index of other sizes must not be read out of bounds.
 void check_index(const std::vector<Tensor>& parts, const Tensor& points) {
-  const int64_t batch = points.size(0), dims = points.size(2), leaves = ceil_divide(points.size(1), kLeaf);
+  const int64_t batch = points.size(0), dims = points.size(2), leaves = divide_up(points.size(1), kLeaf);
   const ScalarType type = points.scalar_type();
   const bool tree = dims <= kTreeDims;
   const auto shaped = [&](size_t part, std::vector<int64_t> sizes, ScalarType expected) {
@@ -420,11 +421,11 @@ std::tuple<Tensor, Tensor> knn_backward_cuda(const Tensor& grad_in, const Tensor
                                   const_data<A>(queries),
                                   {"knn_backward", const_data<int64_t>(indices), rows, k, num_points},
                                   dims};
-    launch("knn_backward", knn_query_gradient_kernel<A>, dim3(ceil_divide(grad_queries.numel(), kThreads)),
+    launch("knn_backward", knn_query_gradient_kernel<A>, grid_of(divide_up(grad_queries.numel(), kThreads)),
            dim3(kThreads), 0, stream, gradient, mutable_data<A>(grad_queries), grad_queries.numel());
     if (grad_points.numel() == 0) return;
     const ReverseAdjacency reverse = reverse_adjacency("knn_backward", indices, num_points);
-    launch("knn_backward", knn_point_gradient_kernel<A>, dim3(ceil_divide(grad_points.numel(), kThreads)),
+    launch("knn_backward", knn_point_gradient_kernel<A>, grid_of(divide_up(grad_points.numel(), kThreads)),
            dim3(kThreads), 0, stream, gradient, incoming_edges(reverse, indices, num_points), !queries_in,
            mutable_data<A>(grad_points), grad_points.numel());
   });

@@ -1,7 +1,6 @@
 #include <algorithm>
 
-#include "common/adjacency.cuh"
-#include "common/cuda.cuh"
+#include "common/reverse_adjacency.cuh"
 
 namespace avatar {
 namespace {
@@ -14,22 +13,6 @@ constexpr int kWordBits = 32;
 // A tile's points are the bits set in its row of a mask, whose columns are points in depth order. The mask is
 // this large at most, to stay in the second-level cache; more points than it has columns come in portions.
 constexpr int64_t kMaskWords = int64_t(1) << 22, kPortionWordsMin = 32;
-
-// Positive floating numbers are ordered as their bits are; the largest key is for points that cover nothing.
-template <typename T>
-struct DepthKey;
-template <>
-struct DepthKey<float> {
-  using type = uint32_t;
-  static constexpr int kBits = 31;
-  __device__ static type of(float depth) { return __float_as_uint(depth); }
-};
-template <>
-struct DepthKey<double> {
-  using type = uint64_t;
-  static constexpr int kBits = 63;
-  __device__ static type of(double depth) { return static_cast<type>(__double_as_longlong(depth)); }
-};
 
 // Products and sums that no compiler may contract: which pixels a point covers is the same on every device.
 __device__ float product(float a, float b) {
@@ -81,10 +64,9 @@ struct alignas(16) Splat {
   T limit;  // radius squared
 };
 
+// Depths to sort by; points that cover nothing come last.
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    depth_keys_kernel(Clouds<T> clouds, typename DepthKey<T>::type* __restrict__ keys,
-                      uint32_t* __restrict__ order) {
+__global__ void __launch_bounds__(kThreads) depth_keys_kernel(Clouds<T> clouds, T* __restrict__ keys) {
   if (clouds.lengths && blockIdx.x == 0 && threadIdx.x == 0) {
     for (int64_t b = 0; b < clouds.batch; ++b) {
       AVATAR_DEVICE_ASSERT_VALUE(
@@ -94,19 +76,9 @@ __global__ void __launch_bounds__(kThreads)
           static_cast<long long>(clouds.num_points));
     }
   }
-  using Key = typename DepthKey<T>::type;
   const int64_t n = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (n >= clouds.batch * clouds.num_points) return;
-  constexpr Key kLast = (Key(1) << DepthKey<T>::kBits) - 1;
-  keys[n] = clouds.present(n) ? DepthKey<T>::of(clouds.points[3 * n + 2]) : kLast;
-  order[n] = static_cast<uint32_t>(n);
-}
-
-__global__ void __launch_bounds__(kThreads)
-    cloud_keys_kernel(const uint32_t* __restrict__ order, uint32_t* __restrict__ keys, int64_t count,
-                      int64_t num_points) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i < count) keys[i] = static_cast<uint32_t>(order[i] / num_points);
+  keys[n] = clouds.present(n) ? clouds.points[3 * n + 2] : std::numeric_limits<T>::infinity();
 }
 
 // Pixels along one axis whose centre may be closer than reach: [*first, *last].
@@ -129,12 +101,12 @@ __device__ double distance_to_tile(double position, int64_t tile) {
 // the mask (batch, tiles, words) of the tiles that they may touch.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    bin_kernel(Clouds<T> clouds, const uint32_t* __restrict__ order, Splat<T>* __restrict__ splats,
+    bin_kernel(Clouds<T> clouds, const int64_t* __restrict__ order, Splat<T>* __restrict__ splats,
                unsigned* __restrict__ mask, Image image, int64_t first_rank, int64_t words) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t b = i / (kWordBits * words), bit = i - b * kWordBits * words;
   if (b >= clouds.batch || first_rank + bit >= clouds.num_points) return;
-  const int64_t place = b * clouds.num_points + first_rank + bit, n = order[place];
+  const int64_t place = b * clouds.num_points + first_rank + bit, n = b * clouds.num_points + order[place];
   if (!clouds.present(n)) return;
   const T* point = clouds.points + 3 * n;
   const T radius = clouds.radius[n * clouds.radius_stride];
@@ -172,7 +144,7 @@ struct Slots {
 // One block a tile: its points come nearest first, and each pixel takes those that cover it until it is full.
 template <typename T, typename A>
 __global__ void __launch_bounds__(kThreads, 4)
-    tile_kernel(const Splat<A>* __restrict__ splats, const uint32_t* __restrict__ order,
+    tile_kernel(const Splat<A>* __restrict__ splats, const int64_t* __restrict__ order,
                 const unsigned* __restrict__ mask, Slots<T> slots, Image image, int64_t num_points,
                 int64_t first_rank, int64_t words) {
   AVATAR_SHARED(int64_t, places, kThreads);
@@ -205,7 +177,7 @@ __global__ void __launch_bounds__(kThreads, 4)
       if (threadIdx.x < count) {
         const int64_t place = places[threadIdx.x];
         splat[threadIdx.x] = splats[place];
-        index[threadIdx.x] = order[place] - b * num_points;
+        index[threadIdx.x] = order[place];
       }
       __syncthreads();
       for (int e = 0; e < count && slot < k; ++e) {
@@ -237,17 +209,17 @@ __global__ void __launch_bounds__(kThreads, 4)
 template <typename T, typename A>
 __global__ void __launch_bounds__(kThreads)
     rasterize_backward_kernel(const T* __restrict__ grad_depths, const T* __restrict__ grad_distances,
-                              const T* __restrict__ points, const int64_t* __restrict__ offsets,
-                              const uint32_t* __restrict__ edges, T* __restrict__ grad_points, int64_t count,
-                              int64_t num_points, int64_t height, int64_t width, int64_t points_per_pixel) {
+                              const T* __restrict__ points, IncomingEdgesOf incoming,
+                              T* __restrict__ grad_points, int64_t count, int64_t width) {
   const int64_t n = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarpSize) + threadIdx.x / kWarpSize;
   if (n >= count) return;
   const int lane = threadIdx.x % kWarpSize;
-  const int64_t first_slot = n / num_points * height * width * points_per_pixel, end = offsets[n + 1];
+  const int64_t b = n / incoming.num_points, first_slot = b * incoming.rows * incoming.k;
+  const IncomingEdges edges = incoming.point(b, n - b * incoming.num_points);
   const A x = static_cast<A>(points[3 * n]), y = static_cast<A>(points[3 * n + 1]);
   A grads[3] = {};
-  for (int64_t e = offsets[n] + lane; e < end; e += kWarpSize) {
-    const int64_t slot = edges[e], pixel = slot / points_per_pixel, row = pixel / width;
+  for (int64_t e = lane; e < edges.count; e += kWarpSize) {
+    const int64_t slot = edges.edges[e], pixel = edges.row(e), row = pixel / width;
     const A twice = A(2) * static_cast<A>(grad_distances[first_slot + slot]);
     grads[0] += twice * (x - (static_cast<A>(pixel - row * width) + A(0.5)));
     grads[1] += twice * (y - (static_cast<A>(row) + A(0.5)));
@@ -261,25 +233,13 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// The points of all clouds, cloud by cloud, in ascending (depth, index): (batch * num_points,) uint32.
+// The points of each cloud in ascending (depth, index): (batch, num_points) int64.
 template <typename T>
 Tensor depth_order(const Clouds<T>& clouds, const Tensor& points, cudaStream_t stream) {
-  using Key = typename DepthKey<T>::type;
-  const int64_t count = clouds.batch * clouds.num_points;
-  const dim3 grid = grid_of(divide_up(count, kThreads));
-  const auto data = [](const Tensor& tensor) { return static_cast<uint32_t*>(tensor.mutable_data_ptr()); };
-  Tensor keys = torch::stable::new_empty(points, {count}, integer_type<Key>());
-  Tensor order = torch::stable::new_empty(points, {count}, ScalarType::Int);
-  launch("rasterize_depth_keys", depth_keys_kernel<T>, grid, dim3(kThreads), 0, stream, clouds,
-         static_cast<Key*>(keys.mutable_data_ptr()), data(order));
-  sort_by_key<Key, uint32_t>(keys, order, DepthKey<T>::kBits, stream);
-  if (clouds.batch > 1) {
-    Tensor cloud_of = torch::stable::new_empty(points, {count}, ScalarType::Int);
-    launch("rasterize_cloud_keys", cloud_keys_kernel, grid, dim3(kThreads), 0, stream,
-           static_cast<const uint32_t*>(data(order)), data(cloud_of), count, clouds.num_points);
-    sort_by_key<uint32_t, uint32_t>(cloud_of, order, bit_width(clouds.batch - 1), stream);
-  }
-  return order;
+  Tensor keys = torch::stable::new_empty(points, {clouds.batch, clouds.num_points});
+  launch("rasterize_depth_keys", depth_keys_kernel<T>, grid_of(divide_up(keys.numel(), kThreads)),
+         dim3(kThreads), 0, stream, clouds, mutable_data<T>(keys));
+  return std::get<1>(stable_sort(keys));
 }
 
 // Fills `slots` of the images of all clouds.
@@ -296,7 +256,7 @@ void rasterize_clouds(const Clouds<A>& clouds, const Tensor& points, Slots<T> sl
   const Tensor used = torch::stable::new_empty(
       points, {portions > 1 ? clouds.batch * image.height * image.width : 0}, ScalarType::Long);
   slots.used = mutable_data<int64_t>(used);
-  const auto ranks = static_cast<const uint32_t*>(order.const_data_ptr());
+  const auto ranks = const_data<int64_t>(order);
   const auto splat_data = static_cast<Splat<A>*>(splats.mutable_data_ptr());
   const auto mask_data = static_cast<unsigned*>(mask.mutable_data_ptr());
   for (int64_t portion = 0; portion < portions; ++portion) {
@@ -324,9 +284,6 @@ std::tuple<Tensor, Tensor, Tensor> rasterize_points_cuda(const Tensor& points_in
   const Tensor points = to_compute(points_in);
   const Tensor radius = torch::stable::contiguous(to_type(radius_in, points.scalar_type()));
   const int64_t batch = points.size(0), num_points = points.size(1);
-  if (batch * num_points >= int64_t(1) << 32) {
-    throw std::invalid_argument("points: 2**32 points or more in a batch have no kernel on this device");
-  }
   std::optional<Tensor> lengths;
   if (lengths_in) lengths = torch::stable::contiguous(*lengths_in);
   const std::vector<int64_t> shape{batch, height, width, points_per_pixel};
@@ -365,8 +322,7 @@ Tensor rasterize_points_backward_cuda(const Tensor& grad_depths_in, const Tensor
   const Tensor grad_distances = torch::stable::contiguous(grad_distances_in);
   const int64_t num_points = points.size(1), count = points.size(0) * num_points;
   const cudaStream_t stream = current_stream(points);
-  const ReverseAdjacency slots_of =
-      reverse_adjacency("rasterize_points_backward", indices, num_points, stream);
+  const ReverseAdjacency slots_of = reverse_adjacency("rasterize_points_backward", indices, num_points);
   Tensor grad_points = torch::stable::new_empty(points, points.sizes());
   dispatch_floating(points.scalar_type(), "rasterize_points_backward", [&](auto zero) {
     using T = decltype(zero);
@@ -375,10 +331,8 @@ Tensor rasterize_points_backward_cuda(const Tensor& grad_depths_in, const Tensor
            grid_of(divide_up(count, kThreads / kWarpSize)), dim3(kThreads), 0, stream,
            static_cast<const T*>(grad_depths.const_data_ptr()),
            static_cast<const T*>(grad_distances.const_data_ptr()),
-           static_cast<const T*>(points.const_data_ptr()), const_data<int64_t>(slots_of.offsets),
-           static_cast<const uint32_t*>(slots_of.edges.const_data_ptr()),
-           static_cast<T*>(grad_points.mutable_data_ptr()), count, num_points, indices.size(1),
-           indices.size(2), indices.size(3));
+           static_cast<const T*>(points.const_data_ptr()), incoming_edges(slots_of, indices, num_points),
+           static_cast<T*>(grad_points.mutable_data_ptr()), count, indices.size(2));
   });
   return grad_points;
 }
