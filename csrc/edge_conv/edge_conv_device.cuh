@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(kReferenceThreads)
     A median = 0;
 #pragma unroll
     for (int i = 0; i < kReferenceSamples; ++i) {
-      if (finite > 0 && i == finite / 2) median = sorted[i];
+      if (finite > 0 && i <= finite / 2) median = sorted[i];
     }
     reference[blockIdx.x * inputs + c] = median;
   }
@@ -328,7 +328,7 @@ struct EdgeNormTerms {
 // point in turn. Also the cloud of each row, -1 where no edge starts or ends. For the normalised form see
 // edge_conv_norm_cpu.cpp.
 template <bool kNorm, typename A, typename Slot>
-__global__ void __launch_bounds__(kRowThreads)
+__global__ void __launch_bounds__(kRowThreads, 4)
     edge_reverse_kernel(IncomingEdgesOf incoming, EdgeSizes sizes, const A* __restrict__ linear,
                         const Slot* __restrict__ slots, EdgeNormTerms<A> norm, A* __restrict__ grad_q,
                         int32_t* __restrict__ cloud_of_row) {

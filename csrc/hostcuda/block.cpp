@@ -214,18 +214,36 @@ void check_configuration(const char* name, dim3 grid, dim3 block, size_t shared,
   if (shared > shared_limit) refuse(std::to_string(shared) + " bytes of shared memory");
 }
 
+// For the symbol table to name.
+size_t address_in_library(const void* kernel) {
+  Dl_info info;
+  if (!dladdr(kernel, &info)) return 0;
+  return static_cast<size_t>(static_cast<const char*>(kernel) - static_cast<char*>(info.dli_fbase));
+}
+
 // AVATAR_HOSTCUDA_LOG names a file that gets a line for each kernel that was launched: its address within the
-// library, for the symbol table to name.
+// library.
 void record_launch(const void* kernel) {
   if (launches[kernel]++) return;
   const char* path = std::getenv("AVATAR_HOSTCUDA_LOG");
-  Dl_info info;
-  if (!path || !dladdr(kernel, &info)) return;
+  if (!path) return;
   if (FILE* log = std::fopen(path, "a")) {
-    std::fprintf(log, "%zx\n",
-                 static_cast<size_t>(static_cast<const char*>(kernel) - static_cast<char*>(info.dli_fbase)));
+    std::fprintf(log, "%zx\n", address_in_library(kernel));
     std::fclose(log);
   }
+}
+
+// AVATAR_HOSTCUDA_DRY_RUN names a file that gets a line for each launch instead of the launch itself: the
+// kernel's address as above, grid, block and bytes of dynamic shared memory.
+bool is_dry_run(const void* kernel, dim3 grid, dim3 block, size_t shared) {
+  const char* path = std::getenv("AVATAR_HOSTCUDA_DRY_RUN");
+  if (!path) return false;
+  if (FILE* log = std::fopen(path, "a")) {
+    std::fprintf(log, "%zx %u %u %u %u %u %u %zu\n", address_in_library(kernel), grid.x, grid.y, grid.z,
+                 block.x, block.y, block.z, shared);
+    std::fclose(log);
+  }
+  return true;
 }
 
 }  // namespace
@@ -346,6 +364,7 @@ void launch(const void* kernel, const char* name, dim3 grid, dim3 block, size_t 
   check_configuration(name, grid, block, shared,
                       consents ? std::max(kPlainLimit, limit->second) : kPlainLimit);
   record_launch(kernel);
+  if (is_dry_run(kernel, grid, block, shared)) return;
   blockDim = block;
   gridDim = grid;
   running.body = &body;

@@ -153,7 +153,7 @@ __device__ inline void store_lowest(int32_t* lowest, int64_t node, int32_t row) 
 
 // A warp a leaf: order, coordinates and, with boxes, the leaf's node.
 template <typename A>
-__global__ void __launch_bounds__(kBuildThreads)
+__global__ void __launch_bounds__(kBuildThreads, 4)
     knn_pack_kernel(const A* __restrict__ points, const int64_t* __restrict__ sorted,
                     const int64_t* __restrict__ counts, int64_t batch, int64_t rows, int64_t leaves, int dims,
                     A* __restrict__ coordinates, int32_t* __restrict__ order, A* __restrict__ boxes,

@@ -89,7 +89,8 @@ __global__ void __launch_bounds__(kThreads)
 
 // A warp a query: nodes of one level are told apart by lanes, the nearest first; a lane each point of a leaf.
 template <typename A, typename List>
-__global__ void __launch_bounds__(kTreeWarps* kWarpSize) knn_tree_kernel(KnnArgs<A> args, TreeLevels levels) {
+__global__ void __launch_bounds__(kTreeWarps* kWarpSize, 6)
+    knn_tree_kernel(KnnArgs<A> args, TreeLevels levels) {
   AVATAR_SHARED(A, all_bounds, kTreeWarps * kMaxLevels * kWarpSize);
   AVATAR_SHARED(A, all_queries, kTreeWarps * kTreeDims);
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;

@@ -207,7 +207,7 @@ __global__ void __launch_bounds__(kThreads, 4)
 
 // One warp a point, whose lanes take its slots in turn and then add up what they have.
 template <typename T, typename A>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     rasterize_backward_kernel(const T* __restrict__ grad_depths, const T* __restrict__ grad_distances,
                               const T* __restrict__ points, IncomingEdgesOf incoming,
                               T* __restrict__ grad_points, int64_t count, int64_t width) {
@@ -225,6 +225,7 @@ __global__ void __launch_bounds__(kThreads)
     grads[1] += twice * (y - (static_cast<A>(row) + A(0.5)));
     grads[2] += static_cast<A>(grad_depths[first_slot + slot]);
   }
+#pragma unroll
   for (int axis = 0; axis < 3; ++axis) {
     for (int step = kWarpSize / 2; step > 0; step /= 2) {
       grads[axis] += __shfl_xor_sync(0xffffffffu, grads[axis], step);
@@ -236,7 +237,8 @@ __global__ void __launch_bounds__(kThreads)
 // The points of each cloud in ascending (depth, index): (batch, num_points) int64.
 template <typename T>
 Tensor depth_order(const Clouds<T>& clouds, const Tensor& points, cudaStream_t stream) {
-  Tensor keys = torch::stable::new_empty(points, {clouds.batch, clouds.num_points});
+  const std::vector<int64_t> shape{clouds.batch, clouds.num_points};
+  Tensor keys = torch::stable::new_empty(points, shape);
   launch("rasterize_depth_keys", depth_keys_kernel<T>, grid_of(divide_up(keys.numel(), kThreads)),
          dim3(kThreads), 0, stream, clouds, mutable_data<T>(keys));
   return std::get<1>(stable_sort(keys));
