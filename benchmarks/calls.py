@@ -1,5 +1,7 @@
 """Calls of every op at the sizes of the paper's networks, with the bytes and operations that each needs.
 
+The calls are of avatar_ops or of avatar_ops.reference, on torch's default device.
+
 Bytes are those of a call that reads every input and writes every output once; what a call gathers again, from
 the second-level cache where it fits, counts apart. Operations are those of the form that the kernels compute,
 a multiply-add as two; searches have none, as theirs depend on the data.
@@ -9,11 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 import avatar_ops
+from avatar_ops.edge_conv import edge_conv_norm
 from avatar_ops.testing import tensors_of
 
 POINTS = 400_000
@@ -23,16 +27,17 @@ SIZE = 512
 
 @dataclass(frozen=True)
 class Call:
-    """One call: `prepare` makes what `run` needs, and is not part of the call."""
+    """One call: `prepare(ops)` makes what `run` needs, and is not part of the call."""
 
     op: str
     name: str
-    prepare: Callable[[], object]
+    prepare: Callable[[ModuleType], object]
     run: Callable[[object], object]
     bytes: int
     flops: int = 0
     gathered_bytes: int = 0
-    # Whose peak rate bounds the operations: float32 (vector units), tf32 or bfloat16 (matrix units).
+    # Whose peak rate bounds the operations: float32 (vector units), tf32, tf32x3 (three products for one that is
+    # as accurate as float32's) or bfloat16 (matrix units).
     rate: str = "float32"
 
 
@@ -43,7 +48,7 @@ def size_of(*values) -> int:
 def forward_and_backward(
     op: str,
     name: str,
-    make: Callable[[], tuple[Callable, list]],
+    make: Callable[[ModuleType], tuple[Callable, list]],
     differentiable: list[int],
     needed: list[int] | None = None,
     flops: tuple[int, int] = (0, 0),
@@ -56,15 +61,15 @@ def forward_and_backward(
     gradients of the others, and writes those of the inputs.
     """
     with torch.device("meta"):
-        function, inputs = make()
-        outputs = [t for t in tensors_of(function(*inputs))]
+        function, inputs = make(avatar_ops)
+        outputs = list(tensors_of(function(*inputs)))
     read, written = size_of(inputs), size_of(outputs)
     yield Call(
         op, name, make, lambda made: made[0](*made[1]), read + written, flops[0], gathered_bytes[0], rate
     )
 
-    def prepare():
-        function, inputs = make()
+    def prepare(ops):
+        function, inputs = make(ops)
         leaves = [inputs[place].requires_grad_() for place in differentiable]
         outputs = [t for t in tensors_of(function(*inputs)) if t.requires_grad]
         return outputs, leaves, [torch.ones_like(t) for t in outputs]
@@ -89,7 +94,7 @@ def random_neighbors(rows: int, k: int) -> Tensor:
 
 def graph_calls() -> Iterator[Call]:
     def knn(points, dims, k):
-        return lambda: (lambda x: avatar_ops.knn(x, k), [torch.randn(1, points, dims)])
+        return lambda ops: (lambda x: ops.knn(x, k), [torch.randn(1, points, dims)])
 
     yield from forward_and_backward("knn", "400k points, 3-D, k = 16", knn(POINTS, 3, 16), [0])
     rows, dims = 16_384, 64
@@ -105,8 +110,8 @@ def graph_calls() -> Iterator[Call]:
     yield from forward_and_backward(
         "edge_max",
         "400k points, k = 20, 64 channels",
-        lambda: (
-            avatar_ops.edge_max,
+        lambda ops: (
+            ops.edge_max,
             [torch.randn(1, POINTS, channels), random_neighbors(POINTS, NEIGHBORS)],
         ),
         [0],
@@ -117,8 +122,8 @@ def graph_calls() -> Iterator[Call]:
     yield from forward_and_backward(
         "edge_conv",
         "400k points, k = 20, 64 to 64 channels",
-        lambda: (
-            avatar_ops.edge_conv,
+        lambda ops: (
+            ops.edge_conv,
             [
                 torch.randn(1, POINTS, channels),
                 random_neighbors(POINTS, NEIGHBORS),
@@ -130,15 +135,20 @@ def graph_calls() -> Iterator[Call]:
         gathered_bytes=(gathered, gathered),
     )
 
-    def normalized():
-        layer = avatar_ops.nn.EdgeConv(channels, channels)
-        return layer, [torch.randn(1, POINTS, channels), random_neighbors(POINTS, NEIGHBORS)]
-
     yield from forward_and_backward(
         "edge_conv_norm",
         "400k points, k = 20, 64 to 64 channels",
-        normalized,
-        [0],
+        lambda ops: (
+            edge_conv_norm if ops is avatar_ops else ops.edge_conv_norm,
+            [
+                torch.randn(1, POINTS, channels),
+                random_neighbors(POINTS, NEIGHBORS),
+                torch.randn(channels, 2 * channels),
+                torch.randn(channels),
+                torch.randn(channels),
+            ],
+        ),
+        [0, 2, 3, 4],
         flops=(2 * product, 4 * product),
         gathered_bytes=(2 * gathered, 2 * gathered),
     )
@@ -148,8 +158,8 @@ def sampling_calls() -> Iterator[Call]:
     yield Call(
         "random_sample",
         "100k of 400k",
-        lambda: None,
-        lambda _: avatar_ops.random_sample(POINTS, POINTS // 4, seed=1),
+        lambda ops: ops,
+        lambda ops: ops.random_sample(POINTS, POINTS // 4, seed=1, device=torch.get_default_device()),
         POINTS // 4 * 8,
     )
     k = 16
@@ -159,8 +169,8 @@ def sampling_calls() -> Iterator[Call]:
         (6_250, 64, torch.bfloat16),
     ):
 
-        def make(points=points, width=width, dtype=dtype):
-            return avatar_ops.local_attention_pool, [
+        def make(ops, points=points, width=width, dtype=dtype):
+            return ops.local_attention_pool, [
                 torch.randn(1, points, 3, dtype=dtype),
                 torch.randn(1, points, width, dtype=dtype),
                 random_neighbors(points, k),
@@ -180,13 +190,13 @@ def sampling_calls() -> Iterator[Call]:
             [0, 1, 3, 4, 5],
             flops=(flops, 3 * flops),
             gathered_bytes=(gathered, 2 * gathered),
-            rate="tf32" if dtype == torch.float32 else "bfloat16",
+            rate="tf32x3" if dtype == torch.float32 else "bfloat16",
         )
     yield Call(
         "edge_moments",
         f"100k points, k = {k}",
-        lambda: (torch.randn(1, 100_000, 3), random_neighbors(100_000, k)),
-        lambda inputs: avatar_ops.edge_moments(*inputs),
+        lambda ops: (ops, torch.randn(1, 100_000, 3), random_neighbors(100_000, k)),
+        lambda made: made[0].edge_moments(*made[1:]),
         100_000 * (12 + 8 * k),
         100_000 * k * 2 * 10 * 11,
         100_000 * k * 12,
@@ -202,9 +212,9 @@ def image_calls() -> Iterator[Call]:
         (64, 512, 1, torch.bfloat16),
     ):
 
-        def make(channels=channels, size=size, up=up, dtype=dtype):
+        def make(ops, channels=channels, size=size, up=up, dtype=dtype):
             def layer(x, weight, styles, bias):
-                return avatar_ops.modulated_conv2d(x, weight, styles, up=up, bias=bias, activation="lrelu")
+                return ops.modulated_conv2d(x, weight, styles, up=up, bias=bias, activation="lrelu")
 
             return layer, [
                 torch.randn(batch, channels, size, size, dtype=dtype),
@@ -227,8 +237,8 @@ def image_calls() -> Iterator[Call]:
     yield from forward_and_backward(
         "upfirdn2d",
         "4 x 64 channels, 256 x 256, up 2",
-        lambda: (
-            lambda x, f: avatar_ops.upfirdn2d(x, f, up=2, padding=(2, 1, 2, 1), gain=4),
+        lambda ops: (
+            lambda x, f: ops.upfirdn2d(x, f, up=2, padding=(2, 1, 2, 1), gain=4),
             [torch.randn(batch, 64, 256, 256), taps.to(torch.get_default_device())],
         ),
         [0],
@@ -238,8 +248,8 @@ def image_calls() -> Iterator[Call]:
     yield from forward_and_backward(
         "bias_act",
         "4 x 64 channels, 512 x 512",
-        lambda: (
-            lambda x, bias: avatar_ops.bias_act(x, bias, activation="lrelu"),
+        lambda ops: (
+            lambda x, bias: ops.bias_act(x, bias, activation="lrelu"),
             [torch.randn(batch, 64, SIZE, SIZE), torch.randn(64)],
         ),
         [0, 1],
@@ -252,21 +262,19 @@ def image_calls() -> Iterator[Call]:
     yield from forward_and_backward(
         "rasterize_points",
         "400k points, 512 x 512, 10 per pixel",
-        lambda: (lambda points: avatar_ops.rasterize_points(points, (SIZE, SIZE), 1.5, slots), [cloud()]),
+        lambda ops: (lambda points: ops.rasterize_points(points, (SIZE, SIZE), 1.5, slots), [cloud()]),
         [0],
     )
     channels = 64
-
-    def composite(features, alphas, indices):
-        fragments = avatar_ops.Fragments(indices, alphas.detach(), alphas.detach())
-        return avatar_ops.composite_points(fragments, features, alphas)
 
     gathered = SIZE * SIZE * slots * channels * 4
     yield from forward_and_backward(
         "composite_points",
         "400k points, 64 channels, 512 x 512, 10 per pixel",
-        lambda: (
-            composite,
+        lambda ops: (
+            lambda features, alphas, indices: ops.composite_points(
+                (indices, alphas.detach(), alphas.detach()), features, alphas
+            ),
             [
                 torch.randn(1, POINTS, channels),
                 torch.rand(1, SIZE, SIZE, slots),

@@ -107,13 +107,19 @@ def kernels_of(source: Path) -> list[str]:
     return names
 
 
-def launched_kernels(built: Path, log: Path) -> set[str]:
-    """Names of the functions whose addresses a log of launches holds."""
+def symbols(built: Path) -> dict[int, str]:
+    """Address within a library -> demangled symbol."""
     names = {}
     for line in subprocess.check_output(["nm", "-C", built], text=True).splitlines():
         address, _, symbol = line.partition(" ")
         if address.strip():
             names[int(address, 16)] = symbol[2:]
+    return names
+
+
+def launched_kernels(built: Path, log: Path) -> set[str]:
+    """Names of the functions whose addresses a log of launches holds."""
+    names = symbols(built)
     addresses = {int(line, 16) for line in log.read_text().split()}
     return {re.sub(r"<.*|\(.*", "", plain_name(names[address])) for address in addresses}
 

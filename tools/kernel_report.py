@@ -3,7 +3,7 @@
     python tools/kernel_report.py                    print the tables
     python tools/kernel_report.py --out docs/kernels   and write docs/kernels.json and docs/kernels.md
 
-For each call of tools/kernel_calls.py: the bytes it has to move, its operations, and the time that the rates of
+For each call of benchmarks/calls.py: the bytes it has to move, its operations, and the time that the rates of
 a GPU's data sheet allow at best (the roofline); then its launches, and for each architecture the registers,
 shared memory and local memory of the kernel and how many of a multiprocessor's warps they leave room for.
 CUDA kernels come from avatar_ops/libavatar_ops_cuda.so and launch in the host build of csrc/hostcuda, which
@@ -38,6 +38,10 @@ class Gpu:
     float32: float
     tf32: float
     bfloat16: float
+
+    @property
+    def tf32x3(self) -> float:
+        return self.tf32 / 3
 
     def seconds(self, call) -> tuple[float, str]:
         """The roofline time of a call, and what bounds it."""
@@ -154,15 +158,16 @@ def occupancy(usage: Usage, threads: int, dynamic_bytes: int, capability: int) -
 
 
 def record_launches(library: Path) -> list[dict]:
-    """The calls of kernel_calls.py with their launches; CUDA's are by address in the host library.
+    """The calls of calls.py with their launches; CUDA's are by address in the host library.
 
     Run in a process of its own, whose ops are for good those of the host library and Triton's.
     """
-    import kernel_calls
+    import calls
     import torch
     import triton_compile
     from triton.runtime.jit import JITFunction
 
+    import avatar_ops
     from avatar_ops._library import TRITON_KERNELS
 
     torch.ops.load_library(library)
@@ -173,8 +178,8 @@ def record_launches(library: Path) -> list[dict]:
     JITFunction.run = triton_compile.recorder(started)
     compiled: dict = {}
     records = []
-    for call in kernel_calls.calls():
-        prepared = call.prepare()
+    for call in calls.calls():
+        prepared = call.prepare(avatar_ops)
         log.write_text("")
         started.clear()
         call.run(prepared)
@@ -199,7 +204,7 @@ def report() -> dict:
         environment = {
             **os.environ,
             "AVATAR_HOSTCUDA_DRY_RUN": str(Path(folder, "launches")),
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")]),
         }
         output = Path(folder, "calls.json")
         subprocess.run(

@@ -68,8 +68,16 @@ struct SharedArray {
   }
 };
 
+// Lanes of a warp that wait in one operation, while there is only one that they wait in.
+struct WarpGroup {
+  int waiting = 0;
+  unsigned mask = 0;
+  Site site;
+};
+
 struct Running {
   std::vector<Thread> threads;
+  std::vector<WarpGroup> groups;            // of each warp
   size_t count = 0, done = 0, waiting = 0;  // threads; of them finished; of them at the block's barrier
   size_t current = 0;
   const std::function<void()>* body = nullptr;
@@ -198,6 +206,7 @@ void run_block(uint3 index, size_t shared, std::vector<size_t>& order) {
   running.shared.clear();
   if (shared) shared_array(nullptr, shared, 1);
   for (size_t rank = 0; rank < running.count; ++rank) running.threads[rank].state = State::fresh;
+  running.groups.assign(running.count / kWarpSize + 1, {});
   race::begin_block(running.count);
   run_threads(order);
   check_overruns();
@@ -292,8 +301,16 @@ uint64_t warp_call(unsigned mask, uint64_t value, int argument, int width, Answe
   thread.mask = mask;
   thread.value = value;
   thread.argument = argument;
+  WarpGroup& group = running.groups[running.current / kWarpSize];
+  // What is checked below has been for the group that this lane joins, and is again for the last to join.
+  if (running.done == 0 && group.waiting > 0 && group.mask == mask && group.site == site &&
+      ++group.waiting < __builtin_popcount(mask)) {
+    wait(State::in_warp_call);
+    return thread.result;
+  }
   WarpCall call;
   bool complete = true;
+  int waiting = 1;
   for (int lane = 0; lane < kWarpSize; ++lane) {
     if (!(mask >> lane & 1)) continue;
     if (first + lane >= running.count) complain("but the block has no lane " + std::to_string(lane));
@@ -302,6 +319,7 @@ uint64_t warp_call(unsigned mask, uint64_t value, int argument, int width, Answe
     if (lane == own) continue;
     const bool same = other.state == State::in_warp_call && other.mask == mask && other.site == site;
     complete &= same;
+    waiting += same;
     // Lanes that wait for each other at different operations never go on.
     if (other.state == State::in_warp_call && !same && (other.mask >> own & 1)) {
       complain("but " + describe(first + lane) + " waits at " + describe(other.site) +
@@ -309,9 +327,11 @@ uint64_t warp_call(unsigned mask, uint64_t value, int argument, int width, Answe
     }
   }
   if (!complete) {
+    if (group.waiting == 0) group = {waiting, mask, site};
     wait(State::in_warp_call);
     return thread.result;
   }
+  if (group.mask == mask && group.site == site) group.waiting = 0;
   race::warp_barrier(first, mask);
   call.mask = mask;
   call.width = width;
@@ -320,9 +340,10 @@ uint64_t warp_call(unsigned mask, uint64_t value, int argument, int width, Answe
     call.values[lane] = running.threads[first + lane].value;
     call.arguments[lane] = running.threads[first + lane].argument;
   }
+  const uint64_t result = answer.same_for_all ? answer.of(call, own) : 0;
   for (int lane = 0; lane < kWarpSize; ++lane) {
     if (!(mask >> lane & 1)) continue;
-    running.threads[first + lane].result = answer(call, lane);
+    running.threads[first + lane].result = answer.same_for_all ? result : answer.of(call, lane);
     running.threads[first + lane].state = State::ready;
   }
   return thread.result;

@@ -33,7 +33,10 @@ struct WarpCall {
   int arguments[kWarpSize] = {};
   int width = kWarpSize;
 };
-using Answer = uint64_t (*)(const WarpCall& call, int lane);
+struct Answer {
+  uint64_t (*of)(const WarpCall& call, int lane);
+  bool same_for_all = false;
+};
 uint64_t warp_call(unsigned mask, uint64_t value, int argument, int width, Answer answer, Site site);
 
 // Shared memory of the running block, filled with 0xff bytes: NaN, or -1. `key` tells declarations apart.

@@ -124,33 +124,33 @@ inline unsigned odd_bits_of(unsigned a, unsigned b) {
 
 template <typename T, T combine(T, T)>
 T warp_reduce(unsigned mask, T value, Site site) {
-  return from_bits<T>(warp_call(mask, to_bits(value), 0, kWarpSize, reduce<T, combine>, site));
+  return from_bits<T>(warp_call(mask, to_bits(value), 0, kWarpSize, {reduce<T, combine>, true}, site));
 }
 
 }  // namespace hostcuda
 
 // Warp operations.
 inline void __syncwarp(unsigned mask = 0xffffffffu, AVATAR_SITE) {
-  hostcuda::warp_call(mask, 0, 0, hostcuda::kWarpSize, hostcuda::ballot, {file, line});
+  hostcuda::warp_call(mask, 0, 0, hostcuda::kWarpSize, {hostcuda::ballot, true}, {file, line});
 }
 template <typename T>
 T __shfl_sync(unsigned mask, T value, int lane, int width = hostcuda::kWarpSize, AVATAR_SITE) {
-  return hostcuda::warp_shuffle(mask, value, lane, width, hostcuda::shuffle_from, {file, line});
+  return hostcuda::warp_shuffle(mask, value, lane, width, {hostcuda::shuffle_from}, {file, line});
 }
 template <typename T>
 T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = hostcuda::kWarpSize, AVATAR_SITE) {
-  return hostcuda::warp_shuffle(mask, value, delta, width, hostcuda::shuffle_up, {file, line});
+  return hostcuda::warp_shuffle(mask, value, delta, width, {hostcuda::shuffle_up}, {file, line});
 }
 template <typename T>
 T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = hostcuda::kWarpSize, AVATAR_SITE) {
-  return hostcuda::warp_shuffle(mask, value, delta, width, hostcuda::shuffle_down, {file, line});
+  return hostcuda::warp_shuffle(mask, value, delta, width, {hostcuda::shuffle_down}, {file, line});
 }
 template <typename T>
 T __shfl_xor_sync(unsigned mask, T value, int bits, int width = hostcuda::kWarpSize, AVATAR_SITE) {
-  return hostcuda::warp_shuffle(mask, value, bits, width, hostcuda::shuffle_xor, {file, line});
+  return hostcuda::warp_shuffle(mask, value, bits, width, {hostcuda::shuffle_xor}, {file, line});
 }
 inline unsigned __ballot_sync(unsigned mask, int vote, AVATAR_SITE) {
-  return hostcuda::warp_call(mask, vote != 0, 0, hostcuda::kWarpSize, hostcuda::ballot, {file, line});
+  return hostcuda::warp_call(mask, vote != 0, 0, hostcuda::kWarpSize, {hostcuda::ballot, true}, {file, line});
 }
 inline int __all_sync(unsigned mask, int vote, AVATAR_SITE) {
   return __ballot_sync(mask, vote, file, line) == mask;
@@ -160,7 +160,7 @@ inline int __any_sync(unsigned mask, int vote, AVATAR_SITE) {
 }
 template <typename T>
 unsigned __match_any_sync(unsigned mask, T value, AVATAR_SITE) {
-  return hostcuda::warp_call(mask, hostcuda::to_bits(value), 0, hostcuda::kWarpSize, hostcuda::equal_lanes,
+  return hostcuda::warp_call(mask, hostcuda::to_bits(value), 0, hostcuda::kWarpSize, {hostcuda::equal_lanes},
                              {file, line});
 }
 #define AVATAR_REDUCE(name, type, combine)                                            \
