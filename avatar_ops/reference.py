@@ -275,12 +275,14 @@ def random_sample(
     batch_size: int | None = None,
     lengths: Tensor | None = None,
     seed: int,
+    device: torch.device | str | None = None,
 ) -> Tensor:
     """(num_samples,) or (B, num_samples) int64, bit for bit: see avatar_ops.random_sample."""
     batched = batch_size is not None or lengths is not None
     sizes = [num_points] * (1 if batch_size is None else batch_size) if lengths is None else lengths.tolist()
     key = _mix64(seed + 0x9E3779B97F4A7C15 & _MASK64)
-    indices = torch.full((len(sizes), num_samples), -1)
+    device = device if lengths is None else lengths.device
+    indices = torch.full((len(sizes), num_samples), -1, device=device)
     for b, size in enumerate(sizes):
         count = min(size, num_samples)
         indices[b, :count] = _permuted(_mix64(key + b & _MASK64), size, count)

@@ -39,6 +39,7 @@ class Call:
     # Whose peak rate bounds the operations: float32 (vector units), tf32, tf32x3 (three products for one that is
     # as accurate as float32's) or bfloat16 (matrix units).
     rate: str = "float32"
+    is_backward: bool = False
 
 
 def size_of(*values) -> int:
@@ -80,11 +81,12 @@ def forward_and_backward(
         op,
         name + ", backward",
         prepare,
-        lambda made: torch.autograd.grad(*made),
+        lambda made: torch.autograd.grad(*made, retain_graph=True),
         size_of(needed_inputs) + written + gradients,
         flops[1],
         gathered_bytes[1],
         rate,
+        is_backward=True,
     )
 
 

@@ -38,6 +38,7 @@ def pytest_addoption(parser):
         action="store_true",
         help="compile Triton kernels for every shape and architecture",
     )
+    parser.addoption("--device", default="cpu", help="run the contract of the ops on this device")
     parser.addoption("--large", action="store_true", help="also run the tests that need 18 GB of memory")
 
 

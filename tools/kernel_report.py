@@ -25,38 +25,11 @@ from pathlib import Path
 import hostcuda
 
 ROOT = hostcuda.ROOT
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from rooflines import GPUS  # noqa: E402
+
 LIBRARY = ROOT / "avatar_ops" / "libavatar_ops_cuda.so"
 CAPABILITIES = (80, 90, 100)
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """Peak rates by its data sheet, dense: bytes/s, FLOP/s."""
-
-    name: str
-    bandwidth: float
-    float32: float
-    tf32: float
-    bfloat16: float
-
-    @property
-    def tf32x3(self) -> float:
-        return self.tf32 / 3
-
-    def seconds(self, call) -> tuple[float, str]:
-        """The roofline time of a call, and what bounds it."""
-        memory, compute = call["bytes"] / self.bandwidth, call["flops"] / getattr(self, call["rate"])
-        return max(memory, compute), "memory" if memory >= compute else call["rate"]
-
-
-# NVIDIA's data sheets: A100 80GB SXM, H100 SXM, H200 SXM, and HGX B200 per GPU (half of what is given there
-# with sparsity).
-GPUS = (
-    Gpu("A100", 2.039e12, 19.5e12, 156e12, 312e12),
-    Gpu("H100", 3.35e12, 67e12, 494.5e12, 989.5e12),
-    Gpu("H200", 4.8e12, 67e12, 494.5e12, 989.5e12),
-    Gpu("B200", 8e12, 75e12, 1.1e15, 2.25e15),
-)
 
 
 @dataclass(frozen=True)
@@ -214,8 +187,10 @@ def report() -> dict:
     usage = library_usage()
     names = hostcuda.symbols(built)
     for call in calls:
-        call["roofline_microseconds"] = {gpu.name: round(gpu.seconds(call)[0] * 1e6, 1) for gpu in GPUS}
-        call["bound"] = {gpu.name: gpu.seconds(call)[1] for gpu in GPUS}
+        needs = call["bytes"], call["flops"], call["rate"]
+        call["roofline"] = {
+            gpu.name: dict(zip(("seconds", "bound"), gpu.seconds(*needs), strict=True)) for gpu in GPUS
+        }
         for launch in call["launches"]:
             if "address" not in launch:
                 continue
@@ -256,10 +231,12 @@ def tables(data: dict) -> str:
             f"{call['gathered_bytes'] / 1e6:.0f} MB | {call['flops'] / 1e9:.1f} G | {times} |"
         )
         del bound
-    head = "| kernel | launch | " + " | ".join(
-        f"sm_{c} registers | shared | occupancy" for c in CAPABILITIES
-    )
-    lines += ["", head + " | 128-bit | matrix |", "|---|---|" + "---:|---:|---:|" * len(CAPABILITIES) + "---:|---:|"]
+    head = "| kernel | launch | " + " | ".join(f"sm_{c} registers | shared | occupancy" for c in CAPABILITIES)
+    lines += [
+        "",
+        head + " | 128-bit | matrix |",
+        "|---|---|" + "---:|---:|---:|" * len(CAPABILITIES) + "---:|---:|",
+    ]
     seen = set()
     for call in data["calls"]:
         for launch in call["launches"]:

@@ -22,6 +22,11 @@ class Rejection:
     error: type[Exception]
     match: str
 
+    @property
+    def of_data(self) -> bool:
+        """Whether a value in a tensor is what is wrong: the kernel finds it, and traps where it is on a GPU."""
+        return r"\] = " in self.match
+
 
 @dataclass(frozen=True)
 class OpCase:
@@ -81,6 +86,12 @@ def map_tensors(value, change: Callable[[Tensor], Tensor]):
         parts = [map_tensors(part, change) for part in value]
         return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
     return value
+
+
+def on_device(inputs: Inputs, device: torch.device) -> Inputs:
+    """Inputs with their tensors, and a device that they name, on `device`."""
+    inputs = {name: device if isinstance(value, torch.device) else value for name, value in inputs.items()}
+    return map_tensors(inputs, lambda t: t.to(device))
 
 
 def require_grad(case: OpCase, inputs: Inputs) -> tuple[Inputs, list[Tensor]]:

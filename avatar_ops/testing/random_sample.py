@@ -10,7 +10,9 @@ from avatar_ops.testing import OpCase, Rejection, changed
 def _random_sample_case(id: str, num_points, num_samples, lengths=None, **options) -> OpCase:
     def make(generator, dtype):
         inputs = {"num_points": num_points, "num_samples": num_samples, "seed": 1234, **options}
-        return inputs if lengths is None else {**inputs, "lengths": torch.tensor(lengths, dtype=torch.int64)}
+        if lengths is None:
+            return {**inputs, "device": torch.device("cpu")}
+        return {**inputs, "lengths": torch.tensor(lengths, dtype=torch.int64)}
 
     return OpCase(
         op="random_sample",
