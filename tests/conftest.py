@@ -138,6 +138,13 @@ def isa(request):
     _native.set_isa(before)
 
 
+@pytest.fixture
+def scaled(pytestconfig):
+    """scaled(count, fewer) is `count`, or `fewer` where kernels for GPUs run on the host, thread by thread."""
+    on_host = pytestconfig.getoption("hostcuda") or pytestconfig.getoption("triton")
+    return lambda count, fewer: fewer if on_host else count
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)

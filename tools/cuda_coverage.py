@@ -94,19 +94,18 @@ def main() -> None:
     counts = executed_lines(build)
     low = []
     print(f"{'file':<56} {'lines':>6} {'reached':>8}")
-    for folder in arguments.op or [*ops, "common"]:
-        for source in sorted((hostcuda.ROOT / "csrc" / folder).glob("*.cu*")):
-            known = counts.get(source, {})
-            lines = sorted(device_lines(source) & set(known))
-            missed = [number for number in lines if not known[number]]
-            share = 100 * (1 - len(missed) / len(lines)) if lines else 100.0
-            name = source.relative_to(hostcuda.ROOT)
-            print(
-                f"{name!s:<56} {len(lines):>6} {share:>7.1f}%"
-                + (f"  not: {ranges(missed)}" if missed else "")
-            )
-            if share < arguments.fail_under:
-                low.append(str(name))
+    folders = {hostcuda.cuda_sources()[op].parent for op in arguments.op or ops}
+    for source in hostcuda.kernel_files():
+        if arguments.op and source.parent not in folders:
+            continue
+        known = counts.get(source, {})
+        lines = sorted(device_lines(source) & set(known))
+        missed = [number for number in lines if not known[number]]
+        share = 100 * (1 - len(missed) / len(lines)) if lines else 100.0
+        name = source.relative_to(hostcuda.ROOT)
+        print(f"{name!s:<56} {len(lines):>6} {share:>7.1f}%" + (f"  not: {ranges(missed)}" if missed else ""))
+        if share < arguments.fail_under:
+            low.append(str(name))
     if low:
         sys.exit(f"below {arguments.fail_under:g}%: {', '.join(low)}")
 

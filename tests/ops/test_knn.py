@@ -134,8 +134,8 @@ def test_vanishing_and_overflowing_differences_are_ordered_by_index(dims, scale)
 
 
 @pytest.mark.parametrize("dims", [3, 24])
-def test_one_hundred_thousand_equal_points_take_no_longer_than_others(dims):
-    points = torch.full((100_000 if dims == 3 else 5_000, dims), 0.1)
+def test_one_hundred_thousand_equal_points_take_no_longer_than_others(dims, scaled):
+    points = torch.full((scaled(100_000, 4_000) if dims == 3 else scaled(5_000, 500), dims), 0.1)
     distances, indices = knn(points, 8)
     assert torch.equal(indices, torch.arange(8).expand_as(indices))
     assert not distances.any()
@@ -172,9 +172,10 @@ def test_lengths_may_be_int32_and_a_scalar_for_one_cloud():
         assert torch.equal(knn(points, 3, lengths=lengths).indices[:6], expected.indices)
 
 
-def test_one_huge_and_many_tiny_clouds_are_searched_alike():
-    points = torch.randn(65, 3000, 3)
-    lengths = torch.tensor([3000] + [3] * 64)
+def test_one_huge_and_many_tiny_clouds_are_searched_alike(scaled):
+    huge = scaled(3000, 400)
+    points = torch.randn(65, huge, 3)
+    lengths = torch.tensor([huge] + [3] * 64)
     distances, indices = knn(points, 5, lengths=lengths)
     assert_same((distances[0], indices[0]), knn(points[0], 5))
     for cloud in (1, 64):
@@ -397,13 +398,14 @@ def test_graph_without_edges(rows):
     assert knn_graph(torch.zeros(3, 2), 0).shape == (2, 0)
 
 
-def test_graph_of_one_huge_and_many_tiny_clouds():
-    batch = torch.cat([torch.zeros(5000, dtype=torch.int64), torch.arange(1, 2001).repeat_interleave(2)])
-    x = torch.randn(9000, 3)
+def test_graph_of_one_huge_and_many_tiny_clouds(scaled):
+    huge = scaled(5000, 500)
+    batch = torch.cat([torch.zeros(huge, dtype=torch.int64), torch.arange(1, 2001).repeat_interleave(2)])
+    x = torch.randn(huge + 4000, 3)
     graph = knn_graph(x, 6, batch)
-    assert graph.shape[1] == 5000 * 6 + 4000
+    assert graph.shape[1] == huge * 6 + 4000
     assert torch.equal(batch[graph[0]], batch[graph[1]])
-    assert torch.equal(graph[0, : 5000 * 6].view(5000, 6), knn(x[:5000], 6, exclude_self=True).indices)
+    assert torch.equal(graph[0, : huge * 6].view(huge, 6), knn(x[:huge], 6, exclude_self=True).indices)
 
 
 @pytest.mark.parametrize(
