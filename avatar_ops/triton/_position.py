@@ -1,7 +1,8 @@
 """The position network of local_attention_pool and edge_moments on tiles of edges, in Triton.
 
 A tile has ROWS * SLOTS edges: ROWS points with SLOTS of their edges each, either to their neighbours or from
-the points whose neighbour they are. Widths are padded with zeros to BLOCK, a power of two.
+the points whose neighbour they are. Widths are padded with zeros to BLOCK, a power of two, and the 3 DIMS + 1
+numbers of an edge's code to CODE.
 """
 
 from __future__ import annotations
@@ -13,17 +14,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import power_of_two
+from ._launch import launch, power_of_two
 
-# Products of wider tiles do not fit into a multiprocessor's shared memory in every dtype.
+# A layer's square matrix has to fit into a multiprocessor's shared memory in every dtype.
 WIDEST_BLOCK = 128
 NARROWEST_BLOCK = 16
 MOST_SLOTS = 32
 # Sums over all edges run in slices of the points; where memory allows, between so many.
-LEAST_SLICES, MOST_SLICES = 64, 256
+LEAST_SLICES, MOST_SLICES = 128, 1024
 # Edges of a tile by the dtype of sums and the width of a block.
 EDGES = {
-    torch.float32: {16: 32, 32: 32, 64: 32, 128: 32},
+    torch.float32: {16: 128, 32: 128, 64: 64, 128: 64},
     torch.float64: {16: 32, 32: 32, 64: 32, 128: 16},
 }
 
@@ -41,12 +42,14 @@ def rows_of(tile, place, cloud, ROWS: tl.constexpr):
 
 
 @triton.jit
-def outgoing_edges(neighbors, tile, chunk, cloud, k, ROWS: tl.constexpr, SLOTS: tl.constexpr):
+def outgoing_edges(
+    neighbors, tile, chunk, cloud, K: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr
+):
     """Centre, neighbour (rows of all clouds) and existence of the edges of one chunk of slots."""
     edge = tl.arange(0, ROWS * SLOTS)
     center, inside, first = rows_of(tile, edge // SLOTS, cloud, ROWS)
     slot = chunk * SLOTS + edge % SLOTS
-    index = tl.load(neighbors + center * k + slot, mask=inside & (slot < k), other=-1)
+    index = tl.load(neighbors + center * K + slot, mask=inside & (slot < K), other=-1)
     tl.device_assert((index >= -1) & (index < cloud), "neighbors: an index outside [-1, N)")
     return center, first + index, (index >= 0) & (index < cloud)
 
@@ -61,7 +64,9 @@ def incoming_chunks(offsets, tile, cloud, ROWS: tl.constexpr, SLOTS: tl.constexp
 
 
 @triton.jit
-def incoming_edges(offsets, centers, tile, chunk, cloud, ROWS: tl.constexpr, SLOTS: tl.constexpr):
+def incoming_edges(
+    offsets, order, tile, chunk, cloud, K: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr
+):
     """As outgoing_edges, for the edges that lead to the points of a tile."""
     edge = tl.arange(0, ROWS * SLOTS)
     neighbor, inside, _ = rows_of(tile, edge // SLOTS, cloud, ROWS)
@@ -69,7 +74,7 @@ def incoming_edges(offsets, centers, tile, chunk, cloud, ROWS: tl.constexpr, SLO
     end = tl.load(offsets + neighbor + 1, mask=inside, other=0)
     place = begin + chunk * SLOTS + edge % SLOTS
     valid = place < end
-    return tl.load(centers + place, mask=valid, other=0), neighbor, valid
+    return tl.load(order + place, mask=valid, other=0) // K, neighbor, valid
 
 
 @triton.jit
@@ -104,8 +109,8 @@ def position_network(
 ):  # fmt: skip
     """(edges, BLOCK): the first `depth` layers on the code of each edge; of no meaning where none exists.
 
-    code_weight (3 DIMS + 1, BLOCK) and layer_weight (layers, BLOCK, BLOCK) are [in, out]. The code enters by
-    exact differences and multiply-adds: products of rounded coordinates would cancel far from the origin.
+    code_weight (CODE, BLOCK) and layer_weight (layers, BLOCK, BLOCK) are [in, out]. The code enters by exact
+    differences and multiply-adds: products of rounded coordinates would cancel far from the origin.
     """
     ACC: tl.constexpr = bias.dtype.element_ty
     column = tl.arange(0, BLOCK)
@@ -128,55 +133,62 @@ def position_network(
 
 
 @triton.jit
+def edge_codes(points, center, neighbor, valid, DIMS: tl.constexpr, CODE: tl.constexpr, ACC: tl.constexpr):
+    """(edges, CODE): [p_i ; p_j ; p_i - p_j ; |p_i - p_j|] and zeros."""
+    place = tl.arange(0, CODE)
+    part, dimension = place // DIMS, place % DIMS
+    mask = valid[:, None] & (part < 3)[None, :]
+    p = tl.load(points + center[:, None] * DIMS + dimension[None, :], mask=mask, other=0.0).to(ACC)
+    q = tl.load(points + neighbor[:, None] * DIMS + dimension[None, :], mask=mask, other=0.0).to(ACC)
+    difference = tl.where((part == 2)[None, :], p - q, 0.0)
+    distance = tl.sqrt(tl.sum(difference * difference, 1))
+    code = difference + tl.where((part == 0)[None, :], p, 0.0) + tl.where((part == 1)[None, :], q, 0.0)
+    return tl.where((place == 3 * DIMS)[None, :], distance[:, None], code)
+
+
+@triton.jit
 def position_network_backward(
-    gradient, output, points, center, neighbor, valid, code_weight, layer_weight, bias, partial, depth,
-    WEIGHTS: tl.constexpr, SLOPE: tl.constexpr, DIMS: tl.constexpr, BLOCK: tl.constexpr,
+    gradient, output, points, center, neighbor, valid, code_weight, layer_weight, bias, partial,
+    SLOPE: tl.constexpr, DEPTH: tl.constexpr, DIMS: tl.constexpr, CODE: tl.constexpr, BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradient of what the first LeakyReLU is given, from that of the output; 0 where no edge exists.
 
-    With WEIGHTS, the gradients of code_weight, layer_weight and bias are added to `partial`, which holds them
-    in this order.
+    The gradients of code_weight, layer_weight and bias are added to `partial`, which holds them in this order.
     """
     ACC: tl.constexpr = bias.dtype.element_ty
     column = tl.arange(0, BLOCK)
-    layers = partial + (3 * DIMS + 1) * BLOCK
-    biases = layers + (depth - 1) * BLOCK * BLOCK
-    for step in range(1, depth):
-        layer = depth - step
+    layers = partial + CODE * BLOCK
+    biases = layers + (DEPTH - 1) * BLOCK * BLOCK
+    for step in range(1, DEPTH):
+        layer = DEPTH - step
         gradient = tl.where(output > 0, gradient, SLOPE * gradient)
         output = position_network(
             points, center, neighbor, valid, code_weight, layer_weight, bias, layer,
             SLOPE, DIMS, BLOCK, PRECISION,
         )  # fmt: skip
-        if WEIGHTS:
-            product = tl.dot(tl.trans(output), gradient, input_precision=PRECISION, out_dtype=ACC)
-            add_to(square_block(layers, layer - 1, 0, BLOCK, BLOCK), product)
-            add_to(biases + layer * BLOCK + column, tl.sum(gradient, 0))
+        product = tl.dot(tl.trans(output), gradient, input_precision=PRECISION, out_dtype=ACC)
+        add_to(square_block(layers, layer - 1, 0, BLOCK, BLOCK), product)
+        add_to(biases + layer * BLOCK + column, tl.sum(gradient, 0))
         weight = tl.load(square_block(layer_weight, layer - 1, 0, BLOCK, BLOCK))
         gradient = tl.dot(gradient, tl.trans(weight), input_precision=PRECISION, out_dtype=ACC)
     gradient = tl.where(output > 0, gradient, SLOPE * gradient)
-    if WEIGHTS:
-        add_to(biases + column, tl.sum(gradient, 0))
-        squared = tl.zeros([center.shape[0]], ACC)
-        for d in range(DIMS):
-            p, q = coordinates(points, center, neighbor, valid, d, DIMS, ACC)
-            squared += (p - q) * (p - q)
-            add_to(partial + d * BLOCK + column, tl.sum(gradient * p[:, None], 0))
-            add_to(partial + (DIMS + d) * BLOCK + column, tl.sum(gradient * q[:, None], 0))
-            add_to(partial + (2 * DIMS + d) * BLOCK + column, tl.sum(gradient * (p - q)[:, None], 0))
-        by_distance = tl.sum(gradient * tl.sqrt(squared)[:, None], 0)
-        add_to(partial + 3 * DIMS * BLOCK + column, by_distance)
+    add_to(biases + column, tl.sum(gradient, 0))
+    code = edge_codes(points, center, neighbor, valid, DIMS, CODE, ACC)
+    product = tl.dot(tl.trans(code), gradient, input_precision=PRECISION, out_dtype=ACC)
+    add_to(partial + tl.arange(0, CODE)[:, None] * BLOCK + column[None, :], product)
     return gradient
 
 
 @triton.jit
-def add_points_gradient(
-    gradient, points, center, neighbor, valid, code_weight, grad_points, tile, cloud,
-    CENTER: tl.constexpr, DIMS: tl.constexpr, BLOCK: tl.constexpr,
-    ROWS: tl.constexpr, SLOTS: tl.constexpr,
+def send_to_points(
+    gradient, points, center, neighbor, valid, code_weight, grad_points, grad_edges, tile, chunk, cloud,
+    K: tl.constexpr, DIMS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """Adds to grad_points (rows, DIMS) what the tile's edges send to their centres, or to their neighbours."""
+    """Adds to grad_points (rows, DIMS) what a tile's edges send to their centres.
+
+    What they send to their neighbours goes to grad_edges (rows, K, DIMS), for sum_edges_kernel.
+    """
     ACC: tl.constexpr = gradient.dtype
     column = tl.arange(0, BLOCK)
     squared = tl.zeros([center.shape[0]], ACC)
@@ -186,28 +198,48 @@ def add_points_gradient(
     by_distance = tl.sum(gradient * tl.load(code_weight + 3 * DIMS * BLOCK + column)[None, :], 1)
     by_distance = tl.where(squared > 0, by_distance / tl.sqrt(tl.where(squared > 0, squared, 1.0)), 0.0)
     row, inside, _ = rows_of(tile, tl.arange(0, ROWS), cloud, ROWS)
+    edge = center * K + chunk * SLOTS + tl.arange(0, ROWS * SLOTS) % SLOTS
     for d in range(DIMS):
         p, q = coordinates(points, center, neighbor, valid, d, DIMS, ACC)
-        weight = tl.load(code_weight + (2 * DIMS + d) * BLOCK + column)
-        if CENTER:
-            weight = tl.load(code_weight + d * BLOCK + column) + weight
-            edge = tl.sum(gradient * weight[None, :], 1) + by_distance * (p - q)
-        else:
-            weight = tl.load(code_weight + (DIMS + d) * BLOCK + column) - weight
-            edge = tl.sum(gradient * weight[None, :], 1) - by_distance * (p - q)
-        total = tl.sum(tl.reshape(tl.where(valid, edge, 0.0), ROWS, SLOTS), 1)
+        of_center = tl.load(code_weight + d * BLOCK + column)
+        of_neighbor = tl.load(code_weight + (DIMS + d) * BLOCK + column)
+        of_difference = tl.load(code_weight + (2 * DIMS + d) * BLOCK + column)
+        along = by_distance * (p - q)
+        to_neighbor = tl.sum(gradient * (of_neighbor - of_difference)[None, :], 1) - along
+        tl.store(grad_edges + edge * DIMS + d, to_neighbor, mask=valid)
+        to_center = tl.sum(gradient * (of_center + of_difference)[None, :], 1) + along
+        total = tl.sum(tl.reshape(tl.where(valid, to_center, 0.0), ROWS, SLOTS), 1)
         target = grad_points + row * DIMS + d
         tl.store(target, tl.load(target, mask=inside, other=0.0) + total, mask=inside)
+
+
+@triton.jit
+def sum_edges_kernel(
+    grad_edges, offsets, order, grad_points, rows, DIMS: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr
+):
+    """Adds to grad_points (rows, DIMS) what edges send to the point that they lead to."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    begin = tl.load(offsets + row, mask=row < rows, other=0)
+    end = tl.load(offsets + row + 1, mask=row < rows, other=0)
+    chunks = (tl.max(end - begin, 0) + SLOTS - 1) // SLOTS
+    for d in range(DIMS):
+        total = tl.load(grad_points + row * DIMS + d, mask=row < rows, other=0.0)
+        for chunk in range(chunks):
+            place = begin[:, None] + chunk * SLOTS + tl.arange(0, SLOTS)[None, :]
+            edge = tl.load(order + place, mask=place < end[:, None], other=0)
+            total += tl.sum(tl.load(grad_edges + edge * DIMS + d, mask=place < end[:, None], other=0.0), 1)
+        tl.store(grad_points + row * DIMS + d, total, mask=row < rows)
 
 
 @dataclass(frozen=True)
 class PositionLayers:
     """The layers of a position network, padded and transposed for the kernels."""
 
-    code_weight: Tensor  # (3 D + 1, block)
+    code_weight: Tensor  # (code, block): 3 D + 1 rows and zeros
     layer_weight: Tensor  # (layers - 1, block, block)
     bias: Tensor  # (layers, block)
     widths: tuple[int, ...]
+    columns: int  # 3 D + 1
 
     @property
     def depth(self) -> int:
@@ -225,7 +257,7 @@ class PositionLayers:
             part.view(like.shape)
             for part, like in zip(flat.split([p.numel() for p in parts]), parts, strict=True)
         )
-        weights = [code[:, : self.widths[0]].mT]
+        weights = [code[: self.columns, : self.widths[0]].mT]
         for layer, (inputs, outputs) in zip(
             layers, zip(self.widths, self.widths[1:], strict=False), strict=True
         ):
@@ -241,15 +273,16 @@ def pack_layers(
 ) -> PositionLayers:
     """The layers (out, in) and (out,) in `dtype`, padded with zeros to `block`."""
     like = weights[0]
-    code = like.new_zeros(like.shape[1], block, dtype=dtype)
-    code[:, : like.shape[0]] = like.mT
+    columns = like.shape[1]
+    code = like.new_zeros(max(NARROWEST_BLOCK, power_of_two(columns)), block, dtype=dtype)
+    code[:columns, : like.shape[0]] = like.mT
     layers = like.new_zeros(len(weights) - 1, block, block, dtype=dtype)
     for layer, weight in zip(layers, weights[1:], strict=True):
         layer[: weight.shape[1], : weight.shape[0]] = weight.mT
     packed = like.new_zeros(len(weights), block, dtype=dtype)
     for row, bias in zip(packed, biases, strict=True):
         row[: bias.shape[0]] = bias
-    return PositionLayers(code, layers, packed, tuple(weight.shape[0] for weight in weights))
+    return PositionLayers(code, layers, packed, tuple(weight.shape[0] for weight in weights), columns)
 
 
 def block_of(op: str, widths: list[int]) -> int:
@@ -263,10 +296,14 @@ def block_of(op: str, widths: list[int]) -> int:
 
 
 def tile_options(k: int, block: int, dtype: torch.dtype) -> dict[str, int]:
-    """Launch options of a kernel on rows of k edges, such that a tile's numbers fit into registers."""
+    """Launch options of a kernel on rows of k edges, such that a tile's numbers fit into registers.
+
+    Loops are not pipelined (num_stages): some read what the step before has written.
+    """
     edges = EDGES[dtype][block]
     slots = min(power_of_two(k), MOST_SLOTS, edges)
     return {
+        "K": k,
         "BLOCK": block,
         "ROWS": edges // slots,
         "SLOTS": slots,
@@ -284,16 +321,27 @@ def slice_count(tiles: int, result: int, numbers: int) -> int:
 
 
 def incoming(neighbors: Tensor) -> tuple[Tensor, Tensor]:
-    """The edges by the point that they lead to.
+    """The edges (B, N, K) by the point that they lead to.
 
     Returns:
         offsets: (B N + 1,) int64; those to point i of all clouds stand at offsets[i] ... offsets[i + 1] - 1.
-        centers: (B N K,) int64 the points, of all clouds, that they come from, ascending for each point.
+        order: (B N K,) int64 the places of edges in `neighbors`, ascending for each point.
     """
     batch, cloud, k = neighbors.shape
     rows = batch * cloud
+    # A sort takes time by the byte.
+    dtype = torch.int32 if rows < 2**31 - 1 else torch.int64
     first = torch.arange(batch, device=neighbors.device).view(-1, 1, 1) * cloud
-    targets = torch.where(neighbors >= 0, neighbors + first, rows).flatten()
+    targets = torch.where(neighbors >= 0, neighbors + first, rows).to(dtype).flatten()
     targets, order = targets.sort(stable=True)
-    offsets = torch.searchsorted(targets, torch.arange(rows + 1, device=neighbors.device))
-    return offsets, order.div_(k, rounding_mode="floor")
+    offsets = torch.searchsorted(targets, torch.arange(rows + 1, device=neighbors.device, dtype=dtype))
+    return offsets, order
+
+
+def add_edges_to_points(grad_edges: Tensor, edges: tuple[Tensor, Tensor], grad_points: Tensor) -> None:
+    """Adds grad_edges (B, N, K, D), by the point that each edge leads to, to grad_points (B, N, D)."""
+    rows, dims = grad_points.shape[0] * grad_points.shape[1], grad_points.shape[2]
+    launch(
+        sum_edges_kernel, (triton.cdiv(rows, 32),),
+        grad_edges, *edges, grad_points, rows, DIMS=dims, ROWS=32, SLOTS=8, num_warps=4,
+    )  # fmt: skip

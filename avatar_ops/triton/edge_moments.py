@@ -1,6 +1,6 @@
 """edge_moments in Triton: kernels, then launchers.
 
-Each program adds up one slice of the edges in float64, tile by tile; the slices are added in a second step.
+Each program adds up one slice of the edges, tile by tile; the slices are added in float64 in a second step.
 Deviations from the mean are taken before they are squared, hence two passes. Sums have a fixed order.
 """
 
@@ -13,135 +13,106 @@ from torch import Tensor
 
 from ._launch import accumulation_dtype, dot_precision, launch
 from ._position import (
-    add_points_gradient,
-    add_to,
+    add_edges_to_points,
     block_of,
     incoming,
-    incoming_chunks,
-    incoming_edges,
     outgoing_edges,
     pack_layers,
     position_network,
     position_network_backward,
+    send_to_points,
     slice_count,
     square_block,
     tile_options,
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["cloud", "tiles"])
 def mean_kernel(
-    points, neighbors, code_weight, layer_weight, bias, sums, cloud, k, depth, tiles,
-    SLOPE: tl.constexpr, DIMS: tl.constexpr, BLOCK: tl.constexpr,
+    points, neighbors, code_weight, layer_weight, bias, sums, cloud, tiles,
+    SLOPE: tl.constexpr, DEPTH: tl.constexpr, DIMS: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr,
     ROWS: tl.constexpr, SLOTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """sums (slices, BLOCK): the position network's output added up."""
+    """sums (slices, BLOCK) float64: the position network's output added up."""
     column = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float64)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        for chunk in range(tl.cdiv(k, SLOTS)):
-            center, neighbor, valid = outgoing_edges(neighbors, tile, chunk, cloud, k, ROWS, SLOTS)
+        for chunk in range(tl.cdiv(K, SLOTS)):
+            center, neighbor, valid = outgoing_edges(neighbors, tile, chunk, cloud, K, ROWS, SLOTS)
             position = position_network(
-                points, center, neighbor, valid, code_weight, layer_weight, bias, depth,
+                points, center, neighbor, valid, code_weight, layer_weight, bias, DEPTH,
                 SLOPE, DIMS, BLOCK, PRECISION,
             )  # fmt: skip
-            total += tl.sum(tl.where(valid[:, None], position.to(tl.float64), 0.0), 0)
+            total += tl.sum(tl.where(valid[:, None], position, 0.0), 0).to(tl.float64)
     tl.store(sums + tl.program_id(0) * BLOCK + column, total)
 
 
 @triton.jit
+def deviations(position, valid, mean, BLOCK: tl.constexpr):
+    """The outputs' deviations from `mean` (2, BLOCK), a sum of two numbers of their dtype; 0 where no edge is."""
+    column = tl.arange(0, BLOCK)
+    deviation = position - tl.load(mean + column)[None, :] - tl.load(mean + BLOCK + column)[None, :]
+    return tl.where(valid[:, None], deviation, 0.0)
+
+
+@triton.jit(do_not_specialize=["cloud", "tiles"])
 def scatter_kernel(
-    points, neighbors, code_weight, layer_weight, bias, mean, scatter, cloud, k, depth, tiles,
-    SLOPE: tl.constexpr, DIMS: tl.constexpr, BLOCK: tl.constexpr,
+    points, neighbors, code_weight, layer_weight, bias, mean, scatter, cloud, tiles,
+    SLOPE: tl.constexpr, DEPTH: tl.constexpr, DIMS: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr,
     ROWS: tl.constexpr, SLOTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """scatter (slices, BLOCK, BLOCK): outer products of the deviations from the mean (BLOCK,) added up."""
+    """scatter (slices, BLOCK, BLOCK): outer products of the deviations from the mean added up."""
     ACC: tl.constexpr = bias.dtype.element_ty
-    center_of_all = tl.load(mean + tl.arange(0, BLOCK))
-    scatter += tl.program_id(0).to(tl.int64) * BLOCK * BLOCK
+    total = tl.zeros([BLOCK, BLOCK], ACC)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        for chunk in range(tl.cdiv(k, SLOTS)):
-            # Numbers added to before may be read by another thread now.
-            tl.debug_barrier()
-            center, neighbor, valid = outgoing_edges(neighbors, tile, chunk, cloud, k, ROWS, SLOTS)
+        for chunk in range(tl.cdiv(K, SLOTS)):
+            center, neighbor, valid = outgoing_edges(neighbors, tile, chunk, cloud, K, ROWS, SLOTS)
             position = position_network(
-                points, center, neighbor, valid, code_weight, layer_weight, bias, depth,
+                points, center, neighbor, valid, code_weight, layer_weight, bias, DEPTH,
                 SLOPE, DIMS, BLOCK, PRECISION,
             )  # fmt: skip
-            deviation = (position.to(tl.float64) - center_of_all[None, :]).to(ACC)
-            deviation = tl.where(valid[:, None], deviation, 0.0)
-            product = tl.dot(tl.trans(deviation), deviation, input_precision=PRECISION, out_dtype=ACC)
-            add_to(square_block(scatter, 0, 0, BLOCK, BLOCK), product.to(tl.float64))
+            deviation = deviations(position, valid, mean, BLOCK)
+            total = tl.dot(tl.trans(deviation), deviation, total, input_precision=PRECISION, out_dtype=ACC)
+    scatter += tl.program_id(0).to(tl.int64) * BLOCK * BLOCK
+    tl.store(square_block(scatter, 0, 0, BLOCK, BLOCK), total)
 
 
-@triton.jit
-def output_gradient(position, valid, mean, constant, slope, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
-    """What mean and covariance send to each edge's output: constant + slope (output - mean)."""
-    ACC: tl.constexpr = position.dtype
-    column = tl.arange(0, BLOCK)
-    deviation = (position.to(tl.float64) - tl.load(mean + column)[None, :]).to(ACC)
-    deviation = tl.where(valid[:, None], deviation, 0.0)
-    weight = tl.load(square_block(slope, 0, 0, BLOCK, BLOCK))
-    gradient = tl.dot(deviation, weight, input_precision=PRECISION, out_dtype=ACC)
-    return tl.where(valid[:, None], gradient + tl.load(constant + column)[None, :], 0.0)
-
-
-@triton.jit
-def moments_backward_centers_kernel(
-    points, neighbors, code_weight, layer_weight, bias, mean, constant, slope, partial, grad_points,
-    cloud, k, depth, tiles, size,
-    POINTS: tl.constexpr, SLOPE: tl.constexpr, DIMS: tl.constexpr, BLOCK: tl.constexpr,
-    ROWS: tl.constexpr, SLOTS: tl.constexpr, PRECISION: tl.constexpr,
+@triton.jit(do_not_specialize=["cloud", "tiles"])
+def moments_backward_kernel(
+    points, neighbors, code_weight, layer_weight, bias, mean, constant, slope, partial, grad_points, grad_edges,
+    cloud, tiles, size,
+    POINTS: tl.constexpr, SLOPE: tl.constexpr, DEPTH: tl.constexpr, DIMS: tl.constexpr, CODE: tl.constexpr,
+    K: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """For one slice of the rows: partial (slices, size) of the layers, grad_points (rows, DIMS) of centres."""
+    """For one slice of the rows: partial (slices, size) of the layers and, with POINTS, the coordinates'.
+
+    Mean and covariance send constant + slope (output - mean) to each edge's output.
+    """
+    ACC: tl.constexpr = bias.dtype.element_ty
+    column = tl.arange(0, BLOCK)
     partial += tl.program_id(0).to(tl.int64) * size
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        for chunk in range(tl.cdiv(k, SLOTS)):
+        for chunk in range(tl.cdiv(K, SLOTS)):
             # Numbers added to before may be read by another thread now.
             tl.debug_barrier()
-            center, neighbor, valid = outgoing_edges(neighbors, tile, chunk, cloud, k, ROWS, SLOTS)
+            center, neighbor, valid = outgoing_edges(neighbors, tile, chunk, cloud, K, ROWS, SLOTS)
             position = position_network(
-                points, center, neighbor, valid, code_weight, layer_weight, bias, depth,
+                points, center, neighbor, valid, code_weight, layer_weight, bias, DEPTH,
                 SLOPE, DIMS, BLOCK, PRECISION,
             )  # fmt: skip
-            gradient = output_gradient(position, valid, mean, constant, slope, BLOCK, PRECISION)
+            deviation = deviations(position, valid, mean, BLOCK)
+            weight = tl.load(square_block(slope, 0, 0, BLOCK, BLOCK))
+            gradient = tl.dot(deviation, weight, input_precision=PRECISION, out_dtype=ACC)
+            gradient = tl.where(valid[:, None], gradient + tl.load(constant + column)[None, :], 0.0)
             gradient = position_network_backward(
                 gradient, position, points, center, neighbor, valid, code_weight, layer_weight, bias,
-                partial, depth, True, SLOPE, DIMS, BLOCK, PRECISION,
+                partial, SLOPE, DEPTH, DIMS, CODE, BLOCK, PRECISION,
             )  # fmt: skip
             if POINTS:
-                add_points_gradient(
-                    gradient, points, center, neighbor, valid, code_weight, grad_points, tile, cloud,
-                    True, DIMS, BLOCK, ROWS, SLOTS,
+                send_to_points(
+                    gradient, points, center, neighbor, valid, code_weight, grad_points, grad_edges, tile,
+                    chunk, cloud, K, DIMS, BLOCK, ROWS, SLOTS,
                 )  # fmt: skip
-
-
-@triton.jit
-def moments_backward_neighbors_kernel(
-    points, offsets, centers, code_weight, layer_weight, bias, mean, constant, slope, grad_points,
-    cloud, depth,
-    SLOPE: tl.constexpr, DIMS: tl.constexpr, BLOCK: tl.constexpr,
-    ROWS: tl.constexpr, SLOTS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """What flows back to the coordinates of a tile of points as neighbours."""
-    tile = tl.program_id(0)
-    for chunk in range(incoming_chunks(offsets, tile, cloud, ROWS, SLOTS)):
-        # Numbers added to before may be read by another thread now.
-        tl.debug_barrier()
-        center, neighbor, valid = incoming_edges(offsets, centers, tile, chunk, cloud, ROWS, SLOTS)
-        position = position_network(
-            points, center, neighbor, valid, code_weight, layer_weight, bias, depth,
-            SLOPE, DIMS, BLOCK, PRECISION,
-        )  # fmt: skip
-        gradient = output_gradient(position, valid, mean, constant, slope, BLOCK, PRECISION)
-        gradient = position_network_backward(
-            gradient, position, points, center, neighbor, valid, code_weight, layer_weight, bias,
-            grad_points, depth, False, SLOPE, DIMS, BLOCK, PRECISION,
-        )  # fmt: skip
-        add_points_gradient(
-            gradient, points, center, neighbor, valid, code_weight, grad_points, tile, cloud,
-            False, DIMS, BLOCK, ROWS, SLOTS,
-        )  # fmt: skip
 
 
 class Edges:
@@ -164,6 +135,7 @@ class Edges:
         self.options = {
             **tile_options(self.k, block, dtype),
             "SLOPE": slope,
+            "DEPTH": self.layers.depth,
             "DIMS": dims,
             "PRECISION": dot_precision(points.dtype),
         }
@@ -175,11 +147,16 @@ class Edges:
     def network(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.layers.code_weight, self.layers.layer_weight, self.layers.bias
 
-    def padded(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    def padded(self, tensor: Tensor) -> Tensor:
         """A vector or matrix over the channels, padded to the block."""
-        target = tensor.new_zeros([self.block] * tensor.dim(), dtype=dtype)
+        target = tensor.new_zeros([self.block] * tensor.dim())
         target[tuple(slice(0, size) for size in tensor.shape)] = tensor
         return target
+
+    def split_mean(self, mean: Tensor) -> Tensor:
+        """(2, block): the padded mean, float64, as a sum of two numbers of the sums' dtype."""
+        high = mean.to(self.layers.bias.dtype)
+        return torch.stack([high, (mean - high).to(high.dtype)])
 
 
 def edge_moments(
@@ -190,14 +167,16 @@ def edge_moments(
     count = (neighbors >= 0).sum().double()
     slices = edges.slices(block)
     sums = points.new_zeros(slices, block, dtype=torch.float64)
-    sizes = edges.cloud, edges.k, edges.layers.depth, edges.tiles
     inputs = edges.points, edges.neighbors, *edges.network()
-    launch(mean_kernel, (slices,), *inputs, sums, *sizes, **edges.options)
+    launch(mean_kernel, (slices,), *inputs, sums, edges.cloud, edges.tiles, **edges.options)
     mean = sums.sum(0) / count.clamp(min=1)
     slices = edges.slices(block * block)
-    scatter = points.new_zeros(slices, block, block, dtype=torch.float64)
-    launch(scatter_kernel, (slices,), *inputs, mean, scatter, *sizes, **edges.options)
-    covariance = scatter.sum(0)[:channels, :channels] / count.clamp(min=1)
+    scatter = edges.layers.bias.new_empty(slices, block, block)
+    launch(
+        scatter_kernel, (slices,),
+        *inputs, edges.split_mean(mean), scatter, edges.cloud, edges.tiles, **edges.options,
+    )  # fmt: skip
+    covariance = scatter.sum(0, dtype=torch.float64)[:channels, :channels] / count.clamp(min=1)
     return mean[:channels].clone(), covariance.contiguous(), count
 
 
@@ -214,27 +193,21 @@ def edge_moments_backward(
     points_gradient: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     edges = Edges(points, neighbors, weights, biases, negative_slope)
-    layers, dtype = edges.layers, edges.layers.bias.dtype
+    layers, like = edges.layers, edges.layers.bias
     edge_count = count.clamp(min=1)
-    constant = edges.padded(grad_mean / edge_count, dtype)
-    slope = edges.padded((grad_covariance + grad_covariance.mT) / edge_count, dtype)
-    moments = edges.padded(mean, torch.float64), constant, slope
+    constant = edges.padded(grad_mean / edge_count).to(like.dtype)
+    slope = edges.padded((grad_covariance + grad_covariance.mT) / edge_count).to(like.dtype)
     slices = edges.slices(layers.size)
-    partial = layers.bias.new_zeros(slices, layers.size)
-    by_center, by_neighbor = (layers.bias.new_zeros(points.shape) for _ in range(2))
+    partial = like.new_zeros(slices, layers.size)
+    grad_points = like.new_zeros(points.shape[0] if points_gradient else 0, *points.shape[1:])
+    grad_edges = like.new_empty(*grad_points.shape[:2], edges.k, points.shape[2])
     launch(
-        moments_backward_centers_kernel, (slices,),
-        edges.points, edges.neighbors, *edges.network(), *moments, partial, by_center,
-        edges.cloud, edges.k, layers.depth, edges.tiles, layers.size,
-        POINTS=points_gradient, **edges.options,
+        moments_backward_kernel, (slices,),
+        edges.points, edges.neighbors, *edges.network(), edges.split_mean(edges.padded(mean)), constant, slope,
+        partial, grad_points, grad_edges, edges.cloud, edges.tiles, layers.size,
+        POINTS=points_gradient, CODE=layers.code_weight.shape[0], **edges.options,
     )  # fmt: skip
     if points_gradient and slices:
-        launch(
-            moments_backward_neighbors_kernel, (edges.tiles,),
-            edges.points, *incoming(edges.neighbors), *edges.network(), *moments, by_neighbor,
-            edges.cloud, layers.depth,
-            **edges.options,
-        )  # fmt: skip
+        add_edges_to_points(grad_edges, incoming(edges.neighbors), grad_points)
     gradients = [t.to(points.dtype) for t in layers.gradients(partial.sum(0))] if weights else []
-    grad_points = by_center + by_neighbor if points_gradient else by_center.new_empty(0, *points.shape[1:])
     return grad_points.to(points.dtype), gradients

@@ -1,9 +1,11 @@
 """local_attention_pool in Triton: kernels, then launchers.
 
-The C + P channels are padded to blocks: some of features, then one of the position network's output. Each
-program works on a tile of edges (_position.py) and recomputes what it needs of them on chip, so that nothing
-over edges is written. The backward pass visits the edges twice: by their centre, for the weights and the
-centre's gradient, and by their neighbour, for the neighbour's. Sums have a fixed order: there are no atomics.
+Scores are linear in [f_j ; r], so the part of the features is a product per point, made by torch and gathered;
+the part of the position network's output r is made per edge, on matrix units. The C + P channels are padded to
+blocks: some of features, then one of r. Each program works on a tile of edges (_position.py) and recomputes what
+it needs of them on chip, so that no channels over edges are written. The backward pass visits the edges twice: by
+their centre, for the weights and coordinates, and by their neighbour, for the neighbour's features. Sums have a
+fixed order: there are no atomics.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from torch import Tensor
 from ._launch import accumulation_dtype, dot_precision, launch, power_of_two
 from ._position import (
     WIDEST_BLOCK,
-    add_points_gradient,
+    add_edges_to_points,
     add_to,
     block_of,
     incoming,
@@ -27,10 +29,20 @@ from ._position import (
     position_network,
     position_network_backward,
     rows_of,
+    send_to_points,
     slice_count,
     square_block,
     tile_options,
 )
+
+
+@triton.jit
+def block_columns(block, blocks, channels, width, BLOCK: tl.constexpr):
+    """Where the columns of a block lie among the C + P channels, and which of them do."""
+    place = tl.arange(0, BLOCK)
+    is_position = block == blocks - 1
+    column = tl.where(is_position, channels, block * BLOCK) + place
+    return column, column < tl.where(is_position, width, channels)
 
 
 @triton.jit
@@ -45,55 +57,46 @@ def hidden_block(features, neighbor, valid, position, block, blocks, channels, B
 
 @triton.jit
 def score_block(
-    features, neighbor, valid, position, score_weight, block, blocks, channels,
+    feature_scores, neighbor, valid, position, position_scores, block, blocks, channels, width,
     BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """(edges, BLOCK): one block of the scores; score_weight (blocks BLOCK, blocks BLOCK) is [in, out]."""
-    scores = tl.zeros(position.shape, position.dtype)
-    for inner in range(blocks):
-        hidden = hidden_block(features, neighbor, valid, position, inner, blocks, channels, BLOCK)
-        weight = tl.load(square_block(score_weight, inner, block, blocks * BLOCK, BLOCK))
-        scores = tl.dot(hidden, weight, scores, input_precision=PRECISION, out_dtype=position.dtype)
-    return scores
-
-
-@triton.jit
-def result_columns(block, blocks, channels, width, BLOCK: tl.constexpr):
-    """Where the columns of a block lie among the C + P of the result, and which of them do."""
-    place = tl.arange(0, BLOCK)
-    is_position = block == blocks - 1
-    column = tl.where(is_position, channels, block * BLOCK) + place
-    return column, column < tl.where(is_position, width, channels)
+    """(edges, BLOCK): one block of the scores; position_scores (BLOCK, blocks BLOCK) is [in, out]."""
+    column, inside = block_columns(block, blocks, channels, width, BLOCK)
+    weight = tl.load(square_block(position_scores, 0, block, blocks * BLOCK, BLOCK))
+    scores = tl.dot(position, weight, input_precision=PRECISION, out_dtype=position.dtype)
+    mask = valid[:, None] & inside[None, :]
+    return scores + tl.load(feature_scores + neighbor[:, None] * width + column[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
 def edge_gradients(
-    grad, pooled, statistics, features, center, neighbor, valid, position, score_weight, block, blocks,
-    channels, width, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    grad, pooled, statistics, features, feature_scores, center, neighbor, valid, position, position_scores,
+    block, blocks, channels, width, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """(edges, BLOCK) each: of one block, the gradients of what is weighed and of the scores."""
     ACC: tl.constexpr = position.dtype
-    hidden = hidden_block(features, neighbor, valid, position, block, blocks, channels, BLOCK)
     scores = score_block(
-        features, neighbor, valid, position, score_weight, block, blocks, channels, BLOCK, PRECISION
-    )
-    column, inside = result_columns(block, blocks, channels, width, BLOCK)
+        feature_scores, neighbor, valid, position, position_scores, block, blocks, channels, width,
+        BLOCK, PRECISION,
+    )  # fmt: skip
+    column, inside = block_columns(block, blocks, channels, width, BLOCK)
     mask = valid[:, None] & inside[None, :]
-    place = center.to(tl.int64)[:, None] * width + column[None, :]
+    place = center[:, None] * width + column[None, :]
     exponent = scores - tl.load(statistics + place, mask=mask, other=0.0)
     # Scores of another order of summation may exceed the forward pass's, by much where they are huge.
     attention = tl.exp(tl.where(exponent > 0, 0.0, exponent))
     weighted = attention * tl.load(grad + place, mask=mask, other=0.0).to(ACC)
+    hidden = hidden_block(features, neighbor, valid, position, block, blocks, channels, BLOCK)
     by_score = weighted * (hidden - tl.load(pooled + place, mask=mask, other=0.0).to(ACC))
     return tl.where(mask, weighted, 0.0), tl.where(mask, by_score, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["cloud"])
 def pool_kernel(
-    points, features, neighbors, code_weight, layer_weight, bias, score_weight, pooled, statistics,
-    cloud, k, channels, width, blocks, depth,
-    SAVE: tl.constexpr, SLOPE: tl.constexpr, DIMS: tl.constexpr, BLOCK: tl.constexpr,
-    ROWS: tl.constexpr, SLOTS: tl.constexpr, PRECISION: tl.constexpr,
+    points, features, neighbors, code_weight, layer_weight, bias, feature_scores, position_scores, pooled,
+    statistics, cloud, channels, width, blocks,
+    SAVE: tl.constexpr, SLOPE: tl.constexpr, DEPTH: tl.constexpr, DIMS: tl.constexpr, K: tl.constexpr,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One block of the result's channels, for one tile of rows."""
     ACC: tl.constexpr = bias.dtype.element_ty
@@ -102,15 +105,16 @@ def pool_kernel(
     total = tl.zeros([ROWS, BLOCK], ACC)
     weighted = tl.zeros([ROWS, BLOCK], ACC)
     some = tl.zeros([ROWS], tl.int32)
-    for chunk in range(tl.cdiv(k, SLOTS)):
-        center, neighbor, valid = outgoing_edges(neighbors, tile, chunk, cloud, k, ROWS, SLOTS)
+    for chunk in range(tl.cdiv(K, SLOTS)):
+        center, neighbor, valid = outgoing_edges(neighbors, tile, chunk, cloud, K, ROWS, SLOTS)
         position = position_network(
-            points, center, neighbor, valid, code_weight, layer_weight, bias, depth,
+            points, center, neighbor, valid, code_weight, layer_weight, bias, DEPTH,
             SLOPE, DIMS, BLOCK, PRECISION,
         )  # fmt: skip
         scores = score_block(
-            features, neighbor, valid, position, score_weight, block, blocks, channels, BLOCK, PRECISION
-        )
+            feature_scores, neighbor, valid, position, position_scores, block, blocks, channels, width,
+            BLOCK, PRECISION,
+        )  # fmt: skip
         hidden = hidden_block(features, neighbor, valid, position, block, blocks, channels, BLOCK)
         scores = tl.reshape(tl.where(valid[:, None], scores, float("-inf")), ROWS, SLOTS, BLOCK)
         largest = tl.maximum(most, tl.max(scores, 1))
@@ -123,7 +127,7 @@ def pool_kernel(
         most = largest
         some = tl.maximum(some, tl.max(tl.reshape(valid.to(tl.int32), ROWS, SLOTS), 1))
     row, exists, _ = rows_of(tile, tl.arange(0, ROWS), cloud, ROWS)
-    column, inside = result_columns(block, blocks, channels, width, BLOCK)
+    column, inside = block_columns(block, blocks, channels, width, BLOCK)
     place = row[:, None] * width + column[None, :]
     mask = exists[:, None] & inside[None, :]
     some = some[:, None] > 0
@@ -132,99 +136,86 @@ def pool_kernel(
         tl.store(statistics + place, tl.where(some, most + tl.log(total), 0.0), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["cloud", "tiles"])
 def pool_backward_centers_kernel(
-    points, features, neighbors, code_weight, layer_weight, bias, score_weight, grad, pooled, statistics,
-    partial, grad_points, rows, cloud, k, channels, width, blocks, depth, tiles, size,
-    POINTS: tl.constexpr, SLOPE: tl.constexpr, DIMS: tl.constexpr, BLOCK: tl.constexpr,
-    ROWS: tl.constexpr, SLOTS: tl.constexpr, PRECISION: tl.constexpr,
+    points, features, neighbors, code_weight, layer_weight, bias, feature_scores, position_scores, grad,
+    pooled, statistics, partial, grad_points, grad_edges, cloud, channels, width, blocks, tiles, size,
+    POINTS: tl.constexpr, SLOPE: tl.constexpr, DEPTH: tl.constexpr, DIMS: tl.constexpr, CODE: tl.constexpr,
+    K: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One block of the scores, for one slice of the rows: all gradients that need no neighbour's sum.
+    """For one slice of the rows: the gradients of the weights on r and, with POINTS, of the coordinates.
 
-    partial (slices, blocks, size): those of score_weight's rows in the block, [out, in], then of the position
-    network. grad_points (blocks, rows, DIMS). What this block of scores contributes to either.
+    partial (slices, size): of position_scores, then of the position network.
     """
     ACC: tl.constexpr = bias.dtype.element_ty
-    block = tl.program_id(1)
-    partial += (tl.program_id(0).to(tl.int64) * blocks + block) * size
-    grad_points += block.to(tl.int64) * rows * DIMS
-    of_network = partial + BLOCK * blocks * BLOCK
+    partial += tl.program_id(0).to(tl.int64) * size
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        for chunk in range(tl.cdiv(k, SLOTS)):
+        for chunk in range(tl.cdiv(K, SLOTS)):
             # Numbers added to before may be read by another thread now.
             tl.debug_barrier()
-            center, neighbor, valid = outgoing_edges(neighbors, tile, chunk, cloud, k, ROWS, SLOTS)
+            center, neighbor, valid = outgoing_edges(neighbors, tile, chunk, cloud, K, ROWS, SLOTS)
             position = position_network(
-                points, center, neighbor, valid, code_weight, layer_weight, bias, depth,
+                points, center, neighbor, valid, code_weight, layer_weight, bias, DEPTH,
                 SLOPE, DIMS, BLOCK, PRECISION,
             )  # fmt: skip
-            weighted, by_score = edge_gradients(
-                grad, pooled, statistics, features, center, neighbor, valid, position, score_weight, block,
-                blocks, channels, width, BLOCK, PRECISION,
-            )  # fmt: skip
-            for inner in range(blocks):
-                hidden = hidden_block(features, neighbor, valid, position, inner, blocks, channels, BLOCK)
-                product = tl.dot(tl.trans(by_score), hidden, input_precision=PRECISION, out_dtype=ACC)
-                add_to(square_block(partial, 0, inner, blocks * BLOCK, BLOCK), product)
-            weight = tl.load(square_block(score_weight, blocks - 1, block, blocks * BLOCK, BLOCK))
-            gradient = tl.dot(by_score, tl.trans(weight), input_precision=PRECISION, out_dtype=ACC)
-            gradient += tl.where(block == blocks - 1, weighted, 0.0)
+            gradient = tl.zeros(position.shape, ACC)
+            for block in range(blocks):
+                weighted, by_score = edge_gradients(
+                    grad, pooled, statistics, features, feature_scores, center, neighbor, valid, position,
+                    position_scores, block, blocks, channels, width, BLOCK, PRECISION,
+                )  # fmt: skip
+                product = tl.dot(tl.trans(position), by_score, input_precision=PRECISION, out_dtype=ACC)
+                add_to(square_block(partial, 0, block, blocks * BLOCK, BLOCK), product)
+                weight = tl.load(square_block(position_scores, 0, block, blocks * BLOCK, BLOCK))
+                gradient = tl.dot(
+                    by_score, tl.trans(weight), gradient, input_precision=PRECISION, out_dtype=ACC
+                )
+                gradient += tl.where(block == blocks - 1, weighted, 0.0)
             gradient = position_network_backward(
                 gradient, position, points, center, neighbor, valid, code_weight, layer_weight, bias,
-                of_network, depth, True, SLOPE, DIMS, BLOCK, PRECISION,
+                partial + BLOCK * blocks * BLOCK, SLOPE, DEPTH, DIMS, CODE, BLOCK, PRECISION,
             )  # fmt: skip
             if POINTS:
-                add_points_gradient(
-                    gradient, points, center, neighbor, valid, code_weight, grad_points, tile, cloud,
-                    True, DIMS, BLOCK, ROWS, SLOTS,
+                send_to_points(
+                    gradient, points, center, neighbor, valid, code_weight, grad_points, grad_edges, tile,
+                    chunk, cloud, K, DIMS, BLOCK, ROWS, SLOTS,
                 )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["cloud"])
 def pool_backward_neighbors_kernel(
-    points, features, offsets, centers, code_weight, layer_weight, bias, score_weight, grad, pooled, statistics,
-    grad_features, grad_points, cloud, channels, width, blocks, depth,
-    POINTS: tl.constexpr, SLOPE: tl.constexpr, DIMS: tl.constexpr, BLOCK: tl.constexpr,
+    points, features, offsets, order, code_weight, layer_weight, bias, feature_scores, position_scores, grad,
+    pooled, statistics, grad_features, grad_scores, cloud, channels, width, blocks,
+    SLOPE: tl.constexpr, DEPTH: tl.constexpr, DIMS: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr,
     ROWS: tl.constexpr, SLOTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What flows back to a tile of points as neighbours: a block of features or, with POINTS, coordinates."""
+    """What flows back to one block of a tile of points as neighbours.
+
+    grad_features (rows, channels), but for what comes by way of the scores; grad_scores (rows, width) is that
+    of feature_scores.
+    """
     ACC: tl.constexpr = bias.dtype.element_ty
-    tile = tl.program_id(0)
-    target = blocks - 1 if POINTS else tl.program_id(1)
-    total = tl.zeros([ROWS, BLOCK], ACC)
+    tile, block = tl.program_id(0), tl.program_id(1)
+    by_feature = tl.zeros([ROWS, BLOCK], ACC)
+    by_scores = tl.zeros([ROWS, BLOCK], ACC)
     for chunk in range(incoming_chunks(offsets, tile, cloud, ROWS, SLOTS)):
-        center, neighbor, valid = incoming_edges(offsets, centers, tile, chunk, cloud, ROWS, SLOTS)
+        center, neighbor, valid = incoming_edges(offsets, order, tile, chunk, cloud, K, ROWS, SLOTS)
         position = position_network(
-            points, center, neighbor, valid, code_weight, layer_weight, bias, depth,
+            points, center, neighbor, valid, code_weight, layer_weight, bias, DEPTH,
             SLOPE, DIMS, BLOCK, PRECISION,
         )  # fmt: skip
-        gradient = tl.zeros(position.shape, ACC)
-        for block in range(blocks):
-            weighted, by_score = edge_gradients(
-                grad, pooled, statistics, features, center, neighbor, valid, position, score_weight, block,
-                blocks, channels, width, BLOCK, PRECISION,
-            )  # fmt: skip
-            weight = tl.load(square_block(score_weight, target, block, blocks * BLOCK, BLOCK))
-            gradient = tl.dot(by_score, tl.trans(weight), gradient, input_precision=PRECISION, out_dtype=ACC)
-            gradient += tl.where(block == target, weighted, 0.0)
-        if POINTS:
-            # Coordinates added to before may be read by another thread now.
-            tl.debug_barrier()
-            gradient = position_network_backward(
-                gradient, position, points, center, neighbor, valid, code_weight, layer_weight, bias,
-                grad_points, depth, False, SLOPE, DIMS, BLOCK, PRECISION,
-            )  # fmt: skip
-            add_points_gradient(
-                gradient, points, center, neighbor, valid, code_weight, grad_points, tile, cloud,
-                False, DIMS, BLOCK, ROWS, SLOTS,
-            )  # fmt: skip
-        else:
-            total += tl.sum(tl.reshape(gradient, ROWS, SLOTS, BLOCK), 1)
-    if not POINTS:
-        row, exists, _ = rows_of(tile, tl.arange(0, ROWS), cloud, ROWS)
-        column = target * BLOCK + tl.arange(0, BLOCK)
-        mask = exists[:, None] & (column < channels)[None, :]
-        tl.store(grad_features + row[:, None] * channels + column[None, :], total, mask=mask)
+        weighted, by_score = edge_gradients(
+            grad, pooled, statistics, features, feature_scores, center, neighbor, valid, position,
+            position_scores, block, blocks, channels, width, BLOCK, PRECISION,
+        )  # fmt: skip
+        by_feature += tl.sum(tl.reshape(weighted, ROWS, SLOTS, BLOCK), 1)
+        by_scores += tl.sum(tl.reshape(by_score, ROWS, SLOTS, BLOCK), 1)
+    row, exists, _ = rows_of(tile, tl.arange(0, ROWS), cloud, ROWS)
+    column, inside = block_columns(block, blocks, channels, width, BLOCK)
+    mask = exists[:, None] & inside[None, :]
+    tl.store(grad_scores + row[:, None] * width + column[None, :], by_scores, mask=mask)
+    mask &= block < blocks - 1
+    tl.store(grad_features + row[:, None] * channels + column[None, :], by_feature, mask=mask)
 
 
 class Pool:
@@ -237,35 +228,41 @@ class Pool:
         dtype = accumulation_dtype(points.dtype)
         block = block_of("local_attention_pool", [w.shape[0] for w in weights])
         block = max(block, min(power_of_two(self.channels), WIDEST_BLOCK))
-        self.blocks = (self.channels + block - 1) // block + 1
+        self.blocks = triton.cdiv(self.channels, block) + 1
         self.points, self.features = points.contiguous(), features.contiguous()
         self.neighbors = neighbors.contiguous()
         self.layers = pack_layers(weights, biases, block, dtype)
-        self.score_weight = self.padded(score_weight.mT, block, dtype)
+        # [in, out], of the features and of the position network's output.
+        weight = score_weight.to(dtype).mT
+        self.feature_weight = weight[: self.channels]
+        self.feature_scores = self.feature_rows(dtype) @ self.feature_weight
+        self.position_scores = self.padded(weight[self.channels :], block)
         self.options = {
             **tile_options(self.k, block, dtype),
             "SLOPE": slope,
+            "DEPTH": self.layers.depth,
             "DIMS": dims,
             "PRECISION": dot_precision(points.dtype),
         }
         self.tiles = batch * triton.cdiv(self.cloud, self.options["ROWS"])
 
-    def padded(self, matrix: Tensor, block: int, dtype: torch.dtype) -> Tensor:
-        """A matrix over the channels, padded to blocks."""
-        size, channels = self.blocks * block, self.channels
-        position, end = size - block, size - block + self.width - channels
-        target = matrix.new_zeros(size, size, dtype=dtype)
-        target[:channels, :channels] = matrix[:channels, :channels]
-        target[:channels, position:end] = matrix[:channels, channels:]
-        target[position:end, :channels] = matrix[channels:, :channels]
-        target[position:end, position:end] = matrix[channels:, channels:]
+    def feature_rows(self, dtype: torch.dtype) -> Tensor:
+        return self.features.view(self.rows, self.channels).to(dtype)
+
+    def padded(self, matrix: Tensor, block: int) -> Tensor:
+        """(block, blocks * block) from weights (P, C + P) of what all channels take from r."""
+        target = matrix.new_zeros(block, self.blocks * block)
+        position = (self.blocks - 1) * block
+        target[: matrix.shape[0], : self.channels] = matrix[:, : self.channels]
+        target[: matrix.shape[0], position : position + matrix.shape[0]] = matrix[:, self.channels :]
         return target
 
     def unpadded(self, matrix: Tensor) -> Tensor:
         """The inverse of padded."""
-        position = matrix.shape[0] - self.options["BLOCK"]
-        parts = (slice(0, self.channels), slice(position, position + self.width - self.channels))
-        return torch.cat([torch.cat([matrix[rows, columns] for columns in parts], 1) for rows in parts])
+        outputs = self.width - self.channels
+        position = matrix.shape[1] - matrix.shape[0]
+        matrix = matrix[:outputs]
+        return torch.cat([matrix[:, : self.channels], matrix[:, position : position + outputs]], 1)
 
     def network(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.layers.code_weight, self.layers.layer_weight, self.layers.bias
@@ -289,8 +286,8 @@ def local_attention_pool(
         return pooled, statistics
     launch(
         pool_kernel, (pool.tiles, pool.blocks),
-        pool.points, pool.features, pool.neighbors, *pool.network(), pool.score_weight, pooled, statistics,
-        pool.cloud, pool.k, pool.channels, pool.width, pool.blocks, pool.layers.depth,
+        pool.points, pool.features, pool.neighbors, *pool.network(), pool.feature_scores,
+        pool.position_scores, pooled, statistics, pool.cloud, pool.channels, pool.width, pool.blocks,
         SAVE=save_statistics, **pool.options,
     )  # fmt: skip
     return pooled, statistics
@@ -310,37 +307,45 @@ def local_attention_pool_backward(
     points_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     pool = Pool(points, features, neighbors, weights, biases, score_weight, negative_slope)
-    layers, block = pool.layers, pool.options["BLOCK"]
+    layers, like, block = pool.layers, pool.layers.bias, pool.options["BLOCK"]
     of_scores = block * pool.blocks * block
-    numbers = pool.blocks * (of_scores + layers.size)
-    slices = slice_count(pool.tiles if pool.k else 0, pool.rows * pool.width, numbers)
-    partial = layers.bias.new_zeros(slices, pool.blocks, of_scores + layers.size)
-    by_center = layers.bias.new_zeros(pool.blocks if points_gradient else 0, *points.shape)
-    by_neighbor = layers.bias.new_zeros(points.shape)
-    grad_features = torch.zeros_like(features, memory_format=torch.contiguous_format)
+    size = of_scores + layers.size
+    tiles = pool.tiles if pool.k else 0
+    slices = slice_count(tiles, pool.rows * pool.width, size)
+    partial = like.new_zeros(slices, size)
+    grad_points = like.new_zeros(points.shape[0] if points_gradient else 0, *points.shape[1:])
+    grad_edges = like.new_empty(*grad_points.shape[:2], pool.k, points.shape[2])
+    grad_features = like.new_zeros(pool.rows, pool.channels)
+    grad_scores = like.new_zeros(pool.rows, pool.width)
+    scores = pool.feature_scores, pool.position_scores
     saved = grad.contiguous(), pooled.contiguous(), statistics.contiguous()
-    sizes = pool.channels, pool.width, pool.blocks, layers.depth
+    sizes = pool.cloud, pool.channels, pool.width, pool.blocks
     launch(
-        pool_backward_centers_kernel, (slices, pool.blocks),
-        pool.points, pool.features, pool.neighbors, *pool.network(), pool.score_weight, *saved, partial,
-        by_center, pool.rows, pool.cloud, pool.k, *sizes, pool.tiles, partial.shape[2],
-        POINTS=points_gradient, **pool.options,
+        pool_backward_centers_kernel, (slices,),
+        pool.points, pool.features, pool.neighbors, *pool.network(), *scores, *saved, partial, grad_points,
+        grad_edges, *sizes, pool.tiles, size,
+        POINTS=points_gradient, CODE=layers.code_weight.shape[0], **pool.options,
     )  # fmt: skip
     if slices:
         edges = incoming(pool.neighbors)
-        for of_points, parts in ((False, pool.blocks - 1), (True, int(points_gradient))):
-            launch(
-                pool_backward_neighbors_kernel, (pool.tiles, parts),
-                pool.points, pool.features, *edges, *pool.network(), pool.score_weight, *saved, grad_features,
-                by_neighbor, pool.cloud, *sizes,
-                POINTS=of_points, **pool.options,
-            )  # fmt: skip
-    by_slices = partial.sum(0)
-    scores, network = by_slices.split([of_scores, layers.size], 1)
-    size = pool.blocks * block
-    grad_score = pool.unpadded(scores.reshape(size, size)).to(score_weight.dtype)
-    grad_layers = [t.to(points.dtype) for t in layers.gradients(network.sum(0))]
-    grad_points = (
-        by_center.sum(0) + by_neighbor if points_gradient else by_neighbor.new_empty(0, *points.shape[1:])
+        launch(
+            pool_backward_neighbors_kernel, (pool.tiles, pool.blocks),
+            pool.points, pool.features, *edges, *pool.network(), *scores, *saved, grad_features, grad_scores,
+            *sizes, **pool.options,
+        )  # fmt: skip
+        if points_gradient:
+            add_edges_to_points(grad_edges, edges, grad_points)
+        # Nothing may come of a point that is nobody's neighbour, even if it is NaN.
+        used = (edges[0][1:] > edges[0][:-1]).unsqueeze(1)
+        of_features = torch.where(used, pool.feature_rows(like.dtype), 0).mT @ grad_scores
+    else:
+        of_features = like.new_zeros(pool.channels, pool.width)
+    grad_features = torch.addmm(grad_features, grad_scores, pool.feature_weight.mT)
+    of_position, network = partial.sum(0).split([of_scores, layers.size])
+    of_position = pool.unpadded(of_position.view(block, -1))
+    return (
+        grad_points.to(points.dtype),
+        grad_features.to(features.dtype).view(features.shape),
+        torch.cat([of_features, of_position]).mT.to(score_weight.dtype).contiguous(),
+        [t.to(points.dtype) for t in layers.gradients(network)],
     )
-    return grad_points.to(points.dtype), grad_features, grad_score, grad_layers
