@@ -20,11 +20,15 @@ from ._launch import launch, power_of_two
 WIDEST_BLOCK = 128
 NARROWEST_BLOCK = 16
 MOST_SLOTS = 32
+# Rows of a matrix that are multiplied at a time.
+STEP = 32
 # Sums over all edges run in slices of the points; where memory allows, between so many.
 LEAST_SLICES, MOST_SLICES = 128, 1024
+# Of a kernel whose programs take several tiles.
+MOST_PROGRAMS = 2048
 # Edges of a tile by the dtype of sums and the width of a block.
 EDGES = {
-    torch.float32: {16: 128, 32: 128, 64: 64, 128: 64},
+    torch.float32: {16: 64, 32: 64, 64: 64, 128: 64},
     torch.float64: {16: 32, 32: 32, 64: 32, 128: 16},
 }
 
@@ -78,10 +82,57 @@ def incoming_edges(
 
 
 @triton.jit
-def square_block(matrix, row, column, stride, BLOCK: tl.constexpr):
-    """Pointers to block (row, column) of a matrix."""
-    place = tl.arange(0, BLOCK)
-    return matrix + (row * BLOCK + place)[:, None] * stride + (column * BLOCK + place)[None, :]
+def block_pointers(matrix, row, column, row_stride, column_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Pointers to (ROWS, COLUMNS) of a matrix, from a row and a column on."""
+    rows, columns = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
+    return matrix + rows[:, None] * row_stride + columns[None, :] * column_stride
+
+
+@triton.jit
+def share(scratch, value):
+    """Writes a tile where every thread may read parts of it that Triton could not take from registers."""
+    tl.debug_barrier()
+    ROWS: tl.constexpr = value.shape[0]
+    COLUMNS: tl.constexpr = value.shape[1]
+    tl.store(block_pointers(scratch, 0, 0, COLUMNS, 1, ROWS, COLUMNS), value)
+    tl.debug_barrier()
+
+
+@triton.jit
+def multiply_add(
+    total, value, scratch, matrix, row, column, row_stride, column_stride,
+    STEP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """total + value @ a block of a matrix in memory, STEP of its rows at a time."""
+    INPUTS: tl.constexpr = value.shape[1]
+    OUTPUTS: tl.constexpr = total.shape[1]
+    if INPUTS > STEP:
+        share(scratch, value)
+        for start in tl.range(0, INPUTS, STEP, disable_licm=True):
+            left = tl.load(block_pointers(scratch, 0, start, INPUTS, 1, value.shape[0], STEP))
+            right = tl.load(block_pointers(matrix, row + start, column, row_stride, column_stride, STEP, OUTPUTS))
+            total = tl.dot(left, right, total, input_precision=PRECISION, out_dtype=total.dtype)
+    else:
+        right = tl.load(block_pointers(matrix, row, column, row_stride, column_stride, INPUTS, OUTPUTS))
+        total = tl.dot(value, right, total, input_precision=PRECISION, out_dtype=total.dtype)
+    return total
+
+
+@triton.jit
+def add_product_to(
+    matrix, left, right, scratch, row, column, stride, STEP: tl.constexpr, PRECISION: tl.constexpr
+):
+    """Adds left^T @ right to a block of a matrix in memory, STEP of its rows at a time."""
+    OUTPUTS: tl.constexpr = left.shape[1]
+    if OUTPUTS > STEP:
+        share(scratch, left)
+        for start in tl.range(0, OUTPUTS, STEP, disable_licm=True):
+            part = tl.load(block_pointers(scratch, start, 0, 1, OUTPUTS, STEP, left.shape[0]))
+            product = tl.dot(part, right, input_precision=PRECISION, out_dtype=right.dtype)
+            add_to(block_pointers(matrix, row + start, column, stride, 1, STEP, right.shape[1]), product)
+    else:
+        product = tl.dot(tl.trans(left), right, input_precision=PRECISION, out_dtype=right.dtype)
+        add_to(block_pointers(matrix, row, column, stride, 1, OUTPUTS, right.shape[1]), product)
 
 
 @triton.jit
@@ -104,8 +155,8 @@ def leaky_relu(value, SLOPE: tl.constexpr):
 
 @triton.jit
 def position_network(
-    points, center, neighbor, valid, code_weight, layer_weight, bias, depth,
-    SLOPE: tl.constexpr, DIMS: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    points, center, neighbor, valid, code_weight, layer_weight, bias, scratch, depth,
+    SLOPE: tl.constexpr, DIMS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """(edges, BLOCK): the first `depth` layers on the code of each edge; of no meaning where none exists.
 
@@ -125,10 +176,11 @@ def position_network(
         hidden += difference[:, None] * tl.load(code_weight + (2 * DIMS + d) * BLOCK + column)[None, :]
     hidden += tl.sqrt(squared)[:, None] * tl.load(code_weight + 3 * DIMS * BLOCK + column)[None, :]
     hidden = leaky_relu(hidden, SLOPE)
-    for layer in range(1, depth):
-        weight = tl.load(square_block(layer_weight, layer - 1, 0, BLOCK, BLOCK))
-        hidden = tl.dot(hidden, weight, input_precision=PRECISION, out_dtype=ACC)
-        hidden = leaky_relu(hidden + tl.load(bias + layer * BLOCK + column)[None, :], SLOPE)
+    for layer in tl.range(1, depth, disable_licm=True):
+        total = tl.zeros(hidden.shape, ACC) + tl.load(bias + layer * BLOCK + column)[None, :]
+        row = (layer - 1) * BLOCK
+        hidden = multiply_add(total, hidden, scratch, layer_weight, row, 0, BLOCK, 1, STEP, PRECISION)
+        hidden = leaky_relu(hidden, SLOPE)
     return hidden
 
 
@@ -148,9 +200,9 @@ def edge_codes(points, center, neighbor, valid, DIMS: tl.constexpr, CODE: tl.con
 
 @triton.jit
 def position_network_backward(
-    gradient, output, points, center, neighbor, valid, code_weight, layer_weight, bias, partial,
+    gradient, output, points, center, neighbor, valid, code_weight, layer_weight, bias, scratch, partial,
     SLOPE: tl.constexpr, DEPTH: tl.constexpr, DIMS: tl.constexpr, CODE: tl.constexpr, BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr,
+    STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradient of what the first LeakyReLU is given, from that of the output; 0 where no edge exists.
 
@@ -160,23 +212,25 @@ def position_network_backward(
     column = tl.arange(0, BLOCK)
     layers = partial + CODE * BLOCK
     biases = layers + (DEPTH - 1) * BLOCK * BLOCK
-    for step in range(1, DEPTH):
+    for step in tl.range(1, DEPTH, disable_licm=True):
         layer = DEPTH - step
         gradient = tl.where(output > 0, gradient, SLOPE * gradient)
         output = position_network(
-            points, center, neighbor, valid, code_weight, layer_weight, bias, layer,
-            SLOPE, DIMS, BLOCK, PRECISION,
+            points, center, neighbor, valid, code_weight, layer_weight, bias, scratch, layer,
+            SLOPE, DIMS, BLOCK, STEP, PRECISION,
         )  # fmt: skip
-        product = tl.dot(tl.trans(output), gradient, input_precision=PRECISION, out_dtype=ACC)
-        add_to(square_block(layers, layer - 1, 0, BLOCK, BLOCK), product)
+        row = (layer - 1) * BLOCK
+        add_product_to(layers, output, gradient, scratch, row, 0, BLOCK, STEP, PRECISION)
         add_to(biases + layer * BLOCK + column, tl.sum(gradient, 0))
-        weight = tl.load(square_block(layer_weight, layer - 1, 0, BLOCK, BLOCK))
-        gradient = tl.dot(gradient, tl.trans(weight), input_precision=PRECISION, out_dtype=ACC)
+        total = tl.zeros(gradient.shape, ACC)
+        # The matrix transposed: rows of that are columns of this.
+        gradient = multiply_add(
+            total, gradient, scratch, layer_weight + row * BLOCK, 0, 0, 1, BLOCK, STEP, PRECISION
+        )
     gradient = tl.where(output > 0, gradient, SLOPE * gradient)
     add_to(biases + column, tl.sum(gradient, 0))
     code = edge_codes(points, center, neighbor, valid, DIMS, CODE, ACC)
-    product = tl.dot(tl.trans(code), gradient, input_precision=PRECISION, out_dtype=ACC)
-    add_to(partial + tl.arange(0, CODE)[:, None] * BLOCK + column[None, :], product)
+    add_product_to(partial, code, gradient, scratch, 0, 0, BLOCK, STEP, PRECISION)
     return gradient
 
 
@@ -224,7 +278,7 @@ def sum_edges_kernel(
     chunks = (tl.max(end - begin, 0) + SLOTS - 1) // SLOTS
     for d in range(DIMS):
         total = tl.load(grad_points + row * DIMS + d, mask=row < rows, other=0.0)
-        for chunk in range(chunks):
+        for chunk in tl.range(chunks, disable_licm=True):
             place = begin[:, None] + chunk * SLOTS + tl.arange(0, SLOTS)[None, :]
             edge = tl.load(order + place, mask=place < end[:, None], other=0)
             total += tl.sum(tl.load(grad_edges + edge * DIMS + d, mask=place < end[:, None], other=0.0), 1)
@@ -307,9 +361,17 @@ def tile_options(k: int, block: int, dtype: torch.dtype) -> dict[str, int]:
         "BLOCK": block,
         "ROWS": edges // slots,
         "SLOTS": slots,
+        "STEP": STEP,
         "num_warps": 8 if block >= 64 else 4,
         "num_stages": 1,
     }
+
+
+def new_scratch(like: Tensor, programs: int, options: dict[str, int]) -> Tensor:
+    """(programs, ...): what `share` writes, if products are made step by step."""
+    needed = options["BLOCK"] > STEP or options.get("CODE", 0) > STEP
+    width = max(options["BLOCK"], options.get("CODE", 0)) if needed else 0
+    return like.new_empty(programs, options["ROWS"] * options["SLOTS"] * width)
 
 
 def slice_count(tiles: int, result: int, numbers: int) -> int:

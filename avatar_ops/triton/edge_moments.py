@@ -15,33 +15,37 @@ from ._launch import accumulation_dtype, dot_precision, launch
 from ._position import (
     add_edges_to_points,
     block_of,
+    block_pointers,
     incoming,
+    multiply_add,
+    new_scratch,
     outgoing_edges,
     pack_layers,
     position_network,
     position_network_backward,
     send_to_points,
     slice_count,
-    square_block,
     tile_options,
 )
 
 
 @triton.jit(do_not_specialize=["cloud", "tiles"])
 def mean_kernel(
-    points, neighbors, code_weight, layer_weight, bias, sums, cloud, tiles,
+    points, neighbors, code_weight, layer_weight, bias, sums, scratch, cloud, tiles, scratch_size,
     SLOPE: tl.constexpr, DEPTH: tl.constexpr, DIMS: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr,
-    ROWS: tl.constexpr, SLOTS: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, SLOTS: tl.constexpr, STEP: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """sums (slices, BLOCK) float64: the position network's output added up."""
     column = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float64)
-    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        for chunk in range(tl.cdiv(K, SLOTS)):
+    scratch += tl.program_id(0).to(tl.int64) * scratch_size
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), disable_licm=True):
+        for chunk in tl.range(tl.cdiv(K, SLOTS), disable_licm=True):
             center, neighbor, valid = outgoing_edges(neighbors, tile, chunk, cloud, K, ROWS, SLOTS)
             position = position_network(
-                points, center, neighbor, valid, code_weight, layer_weight, bias, DEPTH,
-                SLOPE, DIMS, BLOCK, PRECISION,
+                points, center, neighbor, valid, code_weight, layer_weight, bias, scratch, DEPTH,
+                SLOPE, DIMS, BLOCK, STEP, PRECISION,
             )  # fmt: skip
             total += tl.sum(tl.where(valid[:, None], position, 0.0), 0).to(tl.float64)
     tl.store(sums + tl.program_id(0) * BLOCK + column, total)
@@ -57,32 +61,35 @@ def deviations(position, valid, mean, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["cloud", "tiles"])
 def scatter_kernel(
-    points, neighbors, code_weight, layer_weight, bias, mean, scatter, cloud, tiles,
+    points, neighbors, code_weight, layer_weight, bias, mean, scatter, scratch, cloud, tiles, scratch_size,
     SLOPE: tl.constexpr, DEPTH: tl.constexpr, DIMS: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr,
-    ROWS: tl.constexpr, SLOTS: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, SLOTS: tl.constexpr, STEP: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """scatter (slices, BLOCK, BLOCK): outer products of the deviations from the mean added up."""
     ACC: tl.constexpr = bias.dtype.element_ty
     total = tl.zeros([BLOCK, BLOCK], ACC)
-    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        for chunk in range(tl.cdiv(K, SLOTS)):
+    scratch += tl.program_id(0).to(tl.int64) * scratch_size
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), disable_licm=True):
+        for chunk in tl.range(tl.cdiv(K, SLOTS), disable_licm=True):
             center, neighbor, valid = outgoing_edges(neighbors, tile, chunk, cloud, K, ROWS, SLOTS)
             position = position_network(
-                points, center, neighbor, valid, code_weight, layer_weight, bias, DEPTH,
-                SLOPE, DIMS, BLOCK, PRECISION,
+                points, center, neighbor, valid, code_weight, layer_weight, bias, scratch, DEPTH,
+                SLOPE, DIMS, BLOCK, STEP, PRECISION,
             )  # fmt: skip
             deviation = deviations(position, valid, mean, BLOCK)
             total = tl.dot(tl.trans(deviation), deviation, total, input_precision=PRECISION, out_dtype=ACC)
     scatter += tl.program_id(0).to(tl.int64) * BLOCK * BLOCK
-    tl.store(square_block(scatter, 0, 0, BLOCK, BLOCK), total)
+    tl.store(block_pointers(scatter, 0, 0, BLOCK, 1, BLOCK, BLOCK), total)
 
 
 @triton.jit(do_not_specialize=["cloud", "tiles"])
 def moments_backward_kernel(
     points, neighbors, code_weight, layer_weight, bias, mean, constant, slope, partial, grad_points, grad_edges,
-    cloud, tiles, size,
+    scratch, cloud, tiles, size, scratch_size,
     POINTS: tl.constexpr, SLOPE: tl.constexpr, DEPTH: tl.constexpr, DIMS: tl.constexpr, CODE: tl.constexpr,
-    K: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr, PRECISION: tl.constexpr,
+    K: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr, STEP: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """For one slice of the rows: partial (slices, size) of the layers and, with POINTS, the coordinates'.
 
@@ -91,22 +98,23 @@ def moments_backward_kernel(
     ACC: tl.constexpr = bias.dtype.element_ty
     column = tl.arange(0, BLOCK)
     partial += tl.program_id(0).to(tl.int64) * size
-    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        for chunk in range(tl.cdiv(K, SLOTS)):
+    scratch += tl.program_id(0).to(tl.int64) * scratch_size
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), disable_licm=True):
+        for chunk in tl.range(tl.cdiv(K, SLOTS), disable_licm=True):
             # Numbers added to before may be read by another thread now.
             tl.debug_barrier()
             center, neighbor, valid = outgoing_edges(neighbors, tile, chunk, cloud, K, ROWS, SLOTS)
             position = position_network(
-                points, center, neighbor, valid, code_weight, layer_weight, bias, DEPTH,
-                SLOPE, DIMS, BLOCK, PRECISION,
+                points, center, neighbor, valid, code_weight, layer_weight, bias, scratch, DEPTH,
+                SLOPE, DIMS, BLOCK, STEP, PRECISION,
             )  # fmt: skip
             deviation = deviations(position, valid, mean, BLOCK)
-            weight = tl.load(square_block(slope, 0, 0, BLOCK, BLOCK))
-            gradient = tl.dot(deviation, weight, input_precision=PRECISION, out_dtype=ACC)
-            gradient = tl.where(valid[:, None], gradient + tl.load(constant + column)[None, :], 0.0)
+            gradient = tl.zeros(position.shape, ACC) + tl.load(constant + column)[None, :]
+            gradient = multiply_add(gradient, deviation, scratch, slope, 0, 0, BLOCK, 1, STEP, PRECISION)
+            gradient = tl.where(valid[:, None], gradient, 0.0)
             gradient = position_network_backward(
-                gradient, position, points, center, neighbor, valid, code_weight, layer_weight, bias,
-                partial, SLOPE, DEPTH, DIMS, CODE, BLOCK, PRECISION,
+                gradient, position, points, center, neighbor, valid, code_weight, layer_weight, bias, scratch,
+                partial, SLOPE, DEPTH, DIMS, CODE, BLOCK, STEP, PRECISION,
             )  # fmt: skip
             if POINTS:
                 send_to_points(
@@ -168,13 +176,16 @@ def edge_moments(
     slices = edges.slices(block)
     sums = points.new_zeros(slices, block, dtype=torch.float64)
     inputs = edges.points, edges.neighbors, *edges.network()
-    launch(mean_kernel, (slices,), *inputs, sums, edges.cloud, edges.tiles, **edges.options)
+    scratch = new_scratch(edges.layers.bias, slices, edges.options)
+    sizes = edges.cloud, edges.tiles, scratch.shape[1]
+    launch(mean_kernel, (slices,), *inputs, sums, scratch, *sizes, **edges.options)
     mean = sums.sum(0) / count.clamp(min=1)
     slices = edges.slices(block * block)
     scatter = edges.layers.bias.new_empty(slices, block, block)
+    scratch = new_scratch(scatter, slices, edges.options)
     launch(
         scatter_kernel, (slices,),
-        *inputs, edges.split_mean(mean), scatter, edges.cloud, edges.tiles, **edges.options,
+        *inputs, edges.split_mean(mean), scatter, scratch, *sizes, **edges.options,
     )  # fmt: skip
     covariance = scatter.sum(0, dtype=torch.float64)[:channels, :channels] / count.clamp(min=1)
     return mean[:channels].clone(), covariance.contiguous(), count
@@ -201,11 +212,13 @@ def edge_moments_backward(
     partial = like.new_zeros(slices, layers.size)
     grad_points = like.new_zeros(points.shape[0] if points_gradient else 0, *points.shape[1:])
     grad_edges = like.new_empty(*grad_points.shape[:2], edges.k, points.shape[2])
+    options = {**edges.options, "CODE": layers.code_weight.shape[0]}
+    scratch = new_scratch(like, slices, options)
     launch(
         moments_backward_kernel, (slices,),
         edges.points, edges.neighbors, *edges.network(), edges.split_mean(edges.padded(mean)), constant, slope,
-        partial, grad_points, grad_edges, edges.cloud, edges.tiles, layers.size,
-        POINTS=points_gradient, CODE=layers.code_weight.shape[0], **edges.options,
+        partial, grad_points, grad_edges, scratch, edges.cloud, edges.tiles, layers.size, scratch.shape[1],
+        POINTS=points_gradient, **options,
     )  # fmt: skip
     if points_gradient and slices:
         add_edges_to_points(grad_edges, incoming(edges.neighbors), grad_points)

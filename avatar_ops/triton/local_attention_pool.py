@@ -17,13 +17,16 @@ from torch import Tensor
 
 from ._launch import accumulation_dtype, dot_precision, launch, power_of_two
 from ._position import (
+    MOST_PROGRAMS,
     WIDEST_BLOCK,
     add_edges_to_points,
-    add_to,
+    add_product_to,
     block_of,
     incoming,
     incoming_chunks,
     incoming_edges,
+    multiply_add,
+    new_scratch,
     outgoing_edges,
     pack_layers,
     position_network,
@@ -31,7 +34,6 @@ from ._position import (
     rows_of,
     send_to_points,
     slice_count,
-    square_block,
     tile_options,
 )
 
@@ -57,27 +59,28 @@ def hidden_block(features, neighbor, valid, position, block, blocks, channels, B
 
 @triton.jit
 def score_block(
-    feature_scores, neighbor, valid, position, position_scores, block, blocks, channels, width,
-    BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    feature_scores, neighbor, valid, position, scratch, position_scores, block, blocks, channels, width,
+    BLOCK: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """(edges, BLOCK): one block of the scores; position_scores (BLOCK, blocks BLOCK) is [in, out]."""
     column, inside = block_columns(block, blocks, channels, width, BLOCK)
-    weight = tl.load(square_block(position_scores, 0, block, blocks * BLOCK, BLOCK))
-    scores = tl.dot(position, weight, input_precision=PRECISION, out_dtype=position.dtype)
     mask = valid[:, None] & inside[None, :]
-    return scores + tl.load(feature_scores + neighbor[:, None] * width + column[None, :], mask=mask, other=0.0)
+    scores = tl.load(feature_scores + neighbor[:, None] * width + column[None, :], mask=mask, other=0.0)
+    return multiply_add(
+        scores, position, scratch, position_scores, 0, block * BLOCK, blocks * BLOCK, 1, STEP, PRECISION
+    )
 
 
 @triton.jit
 def edge_gradients(
-    grad, pooled, statistics, features, feature_scores, center, neighbor, valid, position, position_scores,
-    block, blocks, channels, width, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    grad, pooled, statistics, features, feature_scores, center, neighbor, valid, position, scratch, position_scores,
+    block, blocks, channels, width, BLOCK: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """(edges, BLOCK) each: of one block, the gradients of what is weighed and of the scores."""
     ACC: tl.constexpr = position.dtype
     scores = score_block(
-        feature_scores, neighbor, valid, position, position_scores, block, blocks, channels, width,
-        BLOCK, PRECISION,
+        feature_scores, neighbor, valid, position, scratch, position_scores, block, blocks, channels, width,
+        BLOCK, STEP, PRECISION,
     )  # fmt: skip
     column, inside = block_columns(block, blocks, channels, width, BLOCK)
     mask = valid[:, None] & inside[None, :]
@@ -91,57 +94,62 @@ def edge_gradients(
     return tl.where(mask, weighted, 0.0), tl.where(mask, by_score, 0.0)
 
 
-@triton.jit(do_not_specialize=["cloud"])
+@triton.jit(do_not_specialize=["cloud", "tiles"])
 def pool_kernel(
     points, features, neighbors, code_weight, layer_weight, bias, feature_scores, position_scores, pooled,
-    statistics, cloud, channels, width, blocks,
+    statistics, scratch, cloud, channels, width, blocks, tiles, scratch_size,
     SAVE: tl.constexpr, SLOPE: tl.constexpr, DEPTH: tl.constexpr, DIMS: tl.constexpr, K: tl.constexpr,
-    BLOCK: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr, STEP: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One block of the result's channels, for one tile of rows."""
     ACC: tl.constexpr = bias.dtype.element_ty
-    tile, block = tl.program_id(0), tl.program_id(1)
-    most = tl.full([ROWS, BLOCK], float("-inf"), ACC)
-    total = tl.zeros([ROWS, BLOCK], ACC)
-    weighted = tl.zeros([ROWS, BLOCK], ACC)
-    some = tl.zeros([ROWS], tl.int32)
-    for chunk in range(tl.cdiv(K, SLOTS)):
-        center, neighbor, valid = outgoing_edges(neighbors, tile, chunk, cloud, K, ROWS, SLOTS)
-        position = position_network(
-            points, center, neighbor, valid, code_weight, layer_weight, bias, DEPTH,
-            SLOPE, DIMS, BLOCK, PRECISION,
-        )  # fmt: skip
-        scores = score_block(
-            feature_scores, neighbor, valid, position, position_scores, block, blocks, channels, width,
-            BLOCK, PRECISION,
-        )  # fmt: skip
-        hidden = hidden_block(features, neighbor, valid, position, block, blocks, channels, BLOCK)
-        scores = tl.reshape(tl.where(valid[:, None], scores, float("-inf")), ROWS, SLOTS, BLOCK)
-        largest = tl.maximum(most, tl.max(scores, 1))
-        # Where all scores so far are -inf there is nothing to subtract.
-        base = tl.where(largest == float("-inf"), 0.0, largest)
-        attention = tl.exp(scores - base[:, None, :])
-        scale = tl.exp(most - base)
-        total = total * scale + tl.sum(attention, 1)
-        weighted = weighted * scale + tl.sum(attention * tl.reshape(hidden, ROWS, SLOTS, BLOCK), 1)
-        most = largest
-        some = tl.maximum(some, tl.max(tl.reshape(valid.to(tl.int32), ROWS, SLOTS), 1))
-    row, exists, _ = rows_of(tile, tl.arange(0, ROWS), cloud, ROWS)
-    column, inside = block_columns(block, blocks, channels, width, BLOCK)
-    place = row[:, None] * width + column[None, :]
-    mask = exists[:, None] & inside[None, :]
-    some = some[:, None] > 0
-    tl.store(pooled + place, tl.where(some, weighted / total, 0.0), mask=mask)
-    if SAVE:
-        tl.store(statistics + place, tl.where(some, most + tl.log(total), 0.0), mask=mask)
+    block = tl.program_id(1)
+    scratch += (block * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * scratch_size
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), disable_licm=True):
+        most = tl.full([ROWS, BLOCK], float("-inf"), ACC)
+        total = tl.zeros([ROWS, BLOCK], ACC)
+        weighted = tl.zeros([ROWS, BLOCK], ACC)
+        some = tl.zeros([ROWS], tl.int32)
+        for chunk in tl.range(tl.cdiv(K, SLOTS), disable_licm=True):
+            center, neighbor, valid = outgoing_edges(neighbors, tile, chunk, cloud, K, ROWS, SLOTS)
+            position = position_network(
+                points, center, neighbor, valid, code_weight, layer_weight, bias, scratch, DEPTH,
+                SLOPE, DIMS, BLOCK, STEP, PRECISION,
+            )  # fmt: skip
+            scores = score_block(
+                feature_scores, neighbor, valid, position, scratch, position_scores, block, blocks, channels, width,
+                BLOCK, STEP, PRECISION,
+            )  # fmt: skip
+            hidden = hidden_block(features, neighbor, valid, position, block, blocks, channels, BLOCK)
+            scores = tl.reshape(tl.where(valid[:, None], scores, float("-inf")), ROWS, SLOTS, BLOCK)
+            largest = tl.maximum(most, tl.max(scores, 1))
+            # Where all scores so far are -inf there is nothing to subtract.
+            base = tl.where(largest == float("-inf"), 0.0, largest)
+            attention = tl.exp(scores - base[:, None, :])
+            scale = tl.exp(most - base)
+            total = total * scale + tl.sum(attention, 1)
+            weighted = weighted * scale + tl.sum(attention * tl.reshape(hidden, ROWS, SLOTS, BLOCK), 1)
+            most = largest
+            some = tl.maximum(some, tl.max(tl.reshape(valid.to(tl.int32), ROWS, SLOTS), 1))
+        row, exists, _ = rows_of(tile, tl.arange(0, ROWS), cloud, ROWS)
+        column, inside = block_columns(block, blocks, channels, width, BLOCK)
+        place = row[:, None] * width + column[None, :]
+        mask = exists[:, None] & inside[None, :]
+        some = some[:, None] > 0
+        tl.store(pooled + place, tl.where(some, weighted / total, 0.0), mask=mask)
+        if SAVE:
+            tl.store(statistics + place, tl.where(some, most + tl.log(total), 0.0), mask=mask)
 
 
 @triton.jit(do_not_specialize=["cloud", "tiles"])
 def pool_backward_centers_kernel(
     points, features, neighbors, code_weight, layer_weight, bias, feature_scores, position_scores, grad,
-    pooled, statistics, partial, grad_points, grad_edges, cloud, channels, width, blocks, tiles, size,
+    pooled, statistics, partial, grad_points, grad_edges, scratch, cloud, channels, width, blocks, tiles, size,
+    scratch_size,
     POINTS: tl.constexpr, SLOPE: tl.constexpr, DEPTH: tl.constexpr, DIMS: tl.constexpr, CODE: tl.constexpr,
-    K: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr, PRECISION: tl.constexpr,
+    K: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr, STEP: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """For one slice of the rows: the gradients of the weights on r and, with POINTS, of the coordinates.
 
@@ -149,31 +157,32 @@ def pool_backward_centers_kernel(
     """
     ACC: tl.constexpr = bias.dtype.element_ty
     partial += tl.program_id(0).to(tl.int64) * size
-    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        for chunk in range(tl.cdiv(K, SLOTS)):
+    scratch += tl.program_id(0).to(tl.int64) * scratch_size
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), disable_licm=True):
+        for chunk in tl.range(tl.cdiv(K, SLOTS), disable_licm=True):
             # Numbers added to before may be read by another thread now.
             tl.debug_barrier()
             center, neighbor, valid = outgoing_edges(neighbors, tile, chunk, cloud, K, ROWS, SLOTS)
             position = position_network(
-                points, center, neighbor, valid, code_weight, layer_weight, bias, DEPTH,
-                SLOPE, DIMS, BLOCK, PRECISION,
+                points, center, neighbor, valid, code_weight, layer_weight, bias, scratch, DEPTH,
+                SLOPE, DIMS, BLOCK, STEP, PRECISION,
             )  # fmt: skip
             gradient = tl.zeros(position.shape, ACC)
-            for block in range(blocks):
+            for block in tl.range(blocks, disable_licm=True):
                 weighted, by_score = edge_gradients(
                     grad, pooled, statistics, features, feature_scores, center, neighbor, valid, position,
-                    position_scores, block, blocks, channels, width, BLOCK, PRECISION,
+                    scratch, position_scores, block, blocks, channels, width, BLOCK, STEP, PRECISION,
                 )  # fmt: skip
-                product = tl.dot(tl.trans(position), by_score, input_precision=PRECISION, out_dtype=ACC)
-                add_to(square_block(partial, 0, block, blocks * BLOCK, BLOCK), product)
-                weight = tl.load(square_block(position_scores, 0, block, blocks * BLOCK, BLOCK))
-                gradient = tl.dot(
-                    by_score, tl.trans(weight), gradient, input_precision=PRECISION, out_dtype=ACC
+                start, stride = block * BLOCK, blocks * BLOCK
+                add_product_to(partial, position, by_score, scratch, 0, start, stride, STEP, PRECISION)
+                # The matrix transposed: rows of that are columns of this.
+                gradient = multiply_add(
+                    gradient, by_score, scratch, position_scores, start, 0, 1, stride, STEP, PRECISION
                 )
                 gradient += tl.where(block == blocks - 1, weighted, 0.0)
             gradient = position_network_backward(
-                gradient, position, points, center, neighbor, valid, code_weight, layer_weight, bias,
-                partial + BLOCK * blocks * BLOCK, SLOPE, DEPTH, DIMS, CODE, BLOCK, PRECISION,
+                gradient, position, points, center, neighbor, valid, code_weight, layer_weight, bias, scratch,
+                partial + BLOCK * blocks * BLOCK, SLOPE, DEPTH, DIMS, CODE, BLOCK, STEP, PRECISION,
             )  # fmt: skip
             if POINTS:
                 send_to_points(
@@ -182,12 +191,14 @@ def pool_backward_centers_kernel(
                 )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["cloud"])
+@triton.jit(do_not_specialize=["cloud", "tiles"])
 def pool_backward_neighbors_kernel(
     points, features, offsets, order, code_weight, layer_weight, bias, feature_scores, position_scores, grad,
-    pooled, statistics, grad_features, grad_scores, cloud, channels, width, blocks,
+    pooled, statistics, grad_features, grad_scores, scratch, cloud, channels, width, blocks, tiles,
+    scratch_size,
     SLOPE: tl.constexpr, DEPTH: tl.constexpr, DIMS: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr,
-    ROWS: tl.constexpr, SLOTS: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, SLOTS: tl.constexpr, STEP: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What flows back to one block of a tile of points as neighbours.
 
@@ -195,27 +206,29 @@ def pool_backward_neighbors_kernel(
     of feature_scores.
     """
     ACC: tl.constexpr = bias.dtype.element_ty
-    tile, block = tl.program_id(0), tl.program_id(1)
-    by_feature = tl.zeros([ROWS, BLOCK], ACC)
-    by_scores = tl.zeros([ROWS, BLOCK], ACC)
-    for chunk in range(incoming_chunks(offsets, tile, cloud, ROWS, SLOTS)):
-        center, neighbor, valid = incoming_edges(offsets, order, tile, chunk, cloud, K, ROWS, SLOTS)
-        position = position_network(
-            points, center, neighbor, valid, code_weight, layer_weight, bias, DEPTH,
-            SLOPE, DIMS, BLOCK, PRECISION,
-        )  # fmt: skip
-        weighted, by_score = edge_gradients(
-            grad, pooled, statistics, features, feature_scores, center, neighbor, valid, position,
-            position_scores, block, blocks, channels, width, BLOCK, PRECISION,
-        )  # fmt: skip
-        by_feature += tl.sum(tl.reshape(weighted, ROWS, SLOTS, BLOCK), 1)
-        by_scores += tl.sum(tl.reshape(by_score, ROWS, SLOTS, BLOCK), 1)
-    row, exists, _ = rows_of(tile, tl.arange(0, ROWS), cloud, ROWS)
-    column, inside = block_columns(block, blocks, channels, width, BLOCK)
-    mask = exists[:, None] & inside[None, :]
-    tl.store(grad_scores + row[:, None] * width + column[None, :], by_scores, mask=mask)
-    mask &= block < blocks - 1
-    tl.store(grad_features + row[:, None] * channels + column[None, :], by_feature, mask=mask)
+    block = tl.program_id(1)
+    scratch += (block * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * scratch_size
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), disable_licm=True):
+        by_feature = tl.zeros([ROWS, BLOCK], ACC)
+        by_scores = tl.zeros([ROWS, BLOCK], ACC)
+        for chunk in tl.range(incoming_chunks(offsets, tile, cloud, ROWS, SLOTS), disable_licm=True):
+            center, neighbor, valid = incoming_edges(offsets, order, tile, chunk, cloud, K, ROWS, SLOTS)
+            position = position_network(
+                points, center, neighbor, valid, code_weight, layer_weight, bias, scratch, DEPTH,
+                SLOPE, DIMS, BLOCK, STEP, PRECISION,
+            )  # fmt: skip
+            weighted, by_score = edge_gradients(
+                grad, pooled, statistics, features, feature_scores, center, neighbor, valid, position,
+                scratch, position_scores, block, blocks, channels, width, BLOCK, STEP, PRECISION,
+            )  # fmt: skip
+            by_feature += tl.sum(tl.reshape(weighted, ROWS, SLOTS, BLOCK), 1)
+            by_scores += tl.sum(tl.reshape(by_score, ROWS, SLOTS, BLOCK), 1)
+        row, exists, _ = rows_of(tile, tl.arange(0, ROWS), cloud, ROWS)
+        column, inside = block_columns(block, blocks, channels, width, BLOCK)
+        mask = exists[:, None] & inside[None, :]
+        tl.store(grad_scores + row[:, None] * width + column[None, :], by_scores, mask=mask)
+        mask &= block < blocks - 1
+        tl.store(grad_features + row[:, None] * channels + column[None, :], by_feature, mask=mask)
 
 
 class Pool:
@@ -284,10 +297,13 @@ def local_attention_pool(
     statistics = pool.layers.bias.new_zeros(batch, cloud, pool.width if save_statistics else 0)
     if pool.k == 0:
         return pooled, statistics
+    programs = min(pool.tiles, MOST_PROGRAMS)
+    scratch = new_scratch(pool.layers.bias, programs * pool.blocks, pool.options)
     launch(
-        pool_kernel, (pool.tiles, pool.blocks),
+        pool_kernel, (programs, pool.blocks),
         pool.points, pool.features, pool.neighbors, *pool.network(), pool.feature_scores,
-        pool.position_scores, pooled, statistics, pool.cloud, pool.channels, pool.width, pool.blocks,
+        pool.position_scores, pooled, statistics, scratch, pool.cloud, pool.channels, pool.width, pool.blocks,
+        pool.tiles, scratch.shape[1],
         SAVE=save_statistics, **pool.options,
     )  # fmt: skip
     return pooled, statistics
@@ -320,18 +336,22 @@ def local_attention_pool_backward(
     scores = pool.feature_scores, pool.position_scores
     saved = grad.contiguous(), pooled.contiguous(), statistics.contiguous()
     sizes = pool.cloud, pool.channels, pool.width, pool.blocks
+    options = {**pool.options, "CODE": layers.code_weight.shape[0]}
+    scratch = new_scratch(like, slices, options)
     launch(
         pool_backward_centers_kernel, (slices,),
         pool.points, pool.features, pool.neighbors, *pool.network(), *scores, *saved, partial, grad_points,
-        grad_edges, *sizes, pool.tiles, size,
-        POINTS=points_gradient, CODE=layers.code_weight.shape[0], **pool.options,
+        grad_edges, scratch, *sizes, pool.tiles, size, scratch.shape[1],
+        POINTS=points_gradient, **options,
     )  # fmt: skip
     if slices:
         edges = incoming(pool.neighbors)
+        programs = min(pool.tiles, MOST_PROGRAMS)
+        scratch = new_scratch(like, programs * pool.blocks, pool.options)
         launch(
-            pool_backward_neighbors_kernel, (pool.tiles, pool.blocks),
+            pool_backward_neighbors_kernel, (programs, pool.blocks),
             pool.points, pool.features, *edges, *pool.network(), *scores, *saved, grad_features, grad_scores,
-            *sizes, **pool.options,
+            scratch, *sizes, pool.tiles, scratch.shape[1], **pool.options,
         )  # fmt: skip
         if points_gradient:
             add_edges_to_points(grad_edges, edges, grad_points)
