@@ -81,8 +81,8 @@ def interpret_triton_kernels(log: Path):
     # The interpreter takes its time by the operation, however many numbers it is on.
     from avatar_ops.triton import _position
 
-    for edges in _position.EDGES.values():
-        edges.update(dict.fromkeys(edges, 256))
+    for edges in (*_position.EDGES.values(), *_position.WEIGHT_GRADIENT_EDGES.values()):
+        edges.update(dict.fromkeys(edges, 1024))
     # So that a slice has several tiles of what tests are made of.
     _position.LEAST_SLICES = 2
     for name, launcher in TRITON_KERNELS.items():

@@ -20,16 +20,19 @@ from ._launch import launch, power_of_two
 WIDEST_BLOCK = 128
 NARROWEST_BLOCK = 16
 MOST_SLOTS = 32
-# Rows of a matrix that are multiplied at a time.
-STEP = 32
 # Sums over all edges run in slices of the points; where memory allows, between so many.
 LEAST_SLICES, MOST_SLICES = 128, 1024
 # Of a kernel whose programs take several tiles.
 MOST_PROGRAMS = 2048
-# Edges of a tile by the dtype of sums and the width of a block.
+# Edges of a tile by the dtype of sums and the width of a block; in kernels that add up weights' gradients,
+# which keep more in registers.
 EDGES = {
-    torch.float32: {16: 64, 32: 64, 64: 64, 128: 64},
+    torch.float32: {16: 64, 32: 64, 64: 32, 128: 32},
     torch.float64: {16: 32, 32: 32, 64: 32, 128: 16},
+}
+WEIGHT_GRADIENT_EDGES = {
+    torch.float32: {16: 64, 32: 32, 64: 32, 128: 16},
+    torch.float64: {16: 32, 32: 16, 64: 16, 128: 16},
 }
 
 
@@ -349,28 +352,33 @@ def block_of(op: str, widths: list[int]) -> int:
     return max(NARROWEST_BLOCK, power_of_two(widest))
 
 
-def tile_options(k: int, block: int, dtype: torch.dtype) -> dict[str, int]:
+def tile_options(k: int, block: int, dtype: torch.dtype, edges=EDGES) -> dict[str, int]:
     """Launch options of a kernel on rows of k edges, such that a tile's numbers fit into registers.
 
     Loops are not pipelined (num_stages): some read what the step before has written.
     """
-    edges = EDGES[dtype][block]
-    slots = min(power_of_two(k), MOST_SLOTS, edges)
+    count = edges[dtype][block]
+    slots = min(power_of_two(k), MOST_SLOTS, count)
     return {
         "K": k,
         "BLOCK": block,
-        "ROWS": edges // slots,
+        "ROWS": count // slots,
         "SLOTS": slots,
-        "STEP": STEP,
-        "num_warps": 8 if block >= 64 else 4,
+        "STEP": 32,
+        "num_warps": 4 if block <= 16 else 8,
         "num_stages": 1,
     }
 
 
+def weight_gradient_options(k: int, block: int, layers: PositionLayers) -> dict[str, int]:
+    options = tile_options(k, block, layers.bias.dtype, WEIGHT_GRADIENT_EDGES)
+    return options | {"STEP": 16, "CODE": layers.code_weight.shape[0]}
+
+
 def new_scratch(like: Tensor, programs: int, options: dict[str, int]) -> Tensor:
     """(programs, ...): what `share` writes, if products are made step by step."""
-    needed = options["BLOCK"] > STEP or options.get("CODE", 0) > STEP
-    width = max(options["BLOCK"], options.get("CODE", 0)) if needed else 0
+    widest = max(options["BLOCK"], options.get("CODE", 0))
+    width = widest if widest > options["STEP"] else 0
     return like.new_empty(programs, options["ROWS"] * options["SLOTS"] * width)
 
 

@@ -26,6 +26,7 @@ from ._position import (
     send_to_points,
     slice_count,
     tile_options,
+    weight_gradient_options,
 )
 
 
@@ -147,10 +148,14 @@ class Edges:
             "DIMS": dims,
             "PRECISION": dot_precision(points.dtype),
         }
-        self.tiles = batch * triton.cdiv(self.cloud, self.options["ROWS"]) if self.k else 0
+        self.batch = batch
+        self.tiles = self.tiles_of(self.options)
 
-    def slices(self, numbers: int) -> int:
-        return slice_count(self.tiles, self.rows * self.block, numbers)
+    def tiles_of(self, options: dict[str, int]) -> int:
+        return self.batch * triton.cdiv(self.cloud, options["ROWS"]) if self.k else 0
+
+    def slices(self, tiles: int, numbers: int) -> int:
+        return slice_count(tiles, self.rows * self.block, numbers)
 
     def network(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.layers.code_weight, self.layers.layer_weight, self.layers.bias
@@ -173,14 +178,14 @@ def edge_moments(
     edges = Edges(points, neighbors, weights, biases, negative_slope)
     block, channels = edges.block, edges.channels
     count = (neighbors >= 0).sum().double()
-    slices = edges.slices(block)
+    slices = edges.slices(edges.tiles, block)
     sums = points.new_zeros(slices, block, dtype=torch.float64)
     inputs = edges.points, edges.neighbors, *edges.network()
     scratch = new_scratch(edges.layers.bias, slices, edges.options)
     sizes = edges.cloud, edges.tiles, scratch.shape[1]
     launch(mean_kernel, (slices,), *inputs, sums, scratch, *sizes, **edges.options)
     mean = sums.sum(0) / count.clamp(min=1)
-    slices = edges.slices(block * block)
+    slices = edges.slices(edges.tiles, block * block)
     scatter = edges.layers.bias.new_empty(slices, block, block)
     scratch = new_scratch(scatter, slices, edges.options)
     launch(
@@ -208,16 +213,17 @@ def edge_moments_backward(
     edge_count = count.clamp(min=1)
     constant = edges.padded(grad_mean / edge_count).to(like.dtype)
     slope = edges.padded((grad_covariance + grad_covariance.mT) / edge_count).to(like.dtype)
-    slices = edges.slices(layers.size)
-    partial = like.new_zeros(slices, layers.size)
     grad_points = like.new_zeros(points.shape[0] if points_gradient else 0, *points.shape[1:])
     grad_edges = like.new_empty(*grad_points.shape[:2], edges.k, points.shape[2])
-    options = {**edges.options, "CODE": layers.code_weight.shape[0]}
+    options = edges.options | weight_gradient_options(edges.k, edges.block, layers)
+    tiles = edges.tiles_of(options)
+    slices = edges.slices(tiles, layers.size)
+    partial = like.new_zeros(slices, layers.size)
     scratch = new_scratch(like, slices, options)
     launch(
         moments_backward_kernel, (slices,),
         edges.points, edges.neighbors, *edges.network(), edges.split_mean(edges.padded(mean)), constant, slope,
-        partial, grad_points, grad_edges, scratch, edges.cloud, edges.tiles, layers.size, scratch.shape[1],
+        partial, grad_points, grad_edges, scratch, edges.cloud, tiles, layers.size, scratch.shape[1],
         POINTS=points_gradient, **options,
     )  # fmt: skip
     if points_gradient and slices:

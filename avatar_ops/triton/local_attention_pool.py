@@ -35,6 +35,7 @@ from ._position import (
     send_to_points,
     slice_count,
     tile_options,
+    weight_gradient_options,
 )
 
 
@@ -169,22 +170,28 @@ def pool_backward_centers_kernel(
             )  # fmt: skip
             gradient = tl.zeros(position.shape, ACC)
             for block in tl.range(blocks, disable_licm=True):
+                tl.debug_barrier()
+                center, neighbor, valid = outgoing_edges(neighbors, tile, chunk, cloud, K, ROWS, SLOTS)
                 weighted, by_score = edge_gradients(
                     grad, pooled, statistics, features, feature_scores, center, neighbor, valid, position,
                     scratch, position_scores, block, blocks, channels, width, BLOCK, STEP, PRECISION,
                 )  # fmt: skip
+                gradient += tl.where(block == blocks - 1, weighted, 0.0)
                 start, stride = block * BLOCK, blocks * BLOCK
                 add_product_to(partial, position, by_score, scratch, 0, start, stride, STEP, PRECISION)
                 # The matrix transposed: rows of that are columns of this.
                 gradient = multiply_add(
                     gradient, by_score, scratch, position_scores, start, 0, 1, stride, STEP, PRECISION
                 )
-                gradient += tl.where(block == blocks - 1, weighted, 0.0)
+            tl.debug_barrier()
+            center, neighbor, valid = outgoing_edges(neighbors, tile, chunk, cloud, K, ROWS, SLOTS)
             gradient = position_network_backward(
                 gradient, position, points, center, neighbor, valid, code_weight, layer_weight, bias, scratch,
                 partial + BLOCK * blocks * BLOCK, SLOPE, DEPTH, DIMS, CODE, BLOCK, STEP, PRECISION,
             )  # fmt: skip
             if POINTS:
+                tl.debug_barrier()
+                center, neighbor, valid = outgoing_edges(neighbors, tile, chunk, cloud, K, ROWS, SLOTS)
                 send_to_points(
                     gradient, points, center, neighbor, valid, code_weight, grad_points, grad_edges, tile,
                     chunk, cloud, K, DIMS, BLOCK, ROWS, SLOTS,
@@ -326,9 +333,6 @@ def local_attention_pool_backward(
     layers, like, block = pool.layers, pool.layers.bias, pool.options["BLOCK"]
     of_scores = block * pool.blocks * block
     size = of_scores + layers.size
-    tiles = pool.tiles if pool.k else 0
-    slices = slice_count(tiles, pool.rows * pool.width, size)
-    partial = like.new_zeros(slices, size)
     grad_points = like.new_zeros(points.shape[0] if points_gradient else 0, *points.shape[1:])
     grad_edges = like.new_empty(*grad_points.shape[:2], pool.k, points.shape[2])
     grad_features = like.new_zeros(pool.rows, pool.channels)
@@ -336,12 +340,15 @@ def local_attention_pool_backward(
     scores = pool.feature_scores, pool.position_scores
     saved = grad.contiguous(), pooled.contiguous(), statistics.contiguous()
     sizes = pool.cloud, pool.channels, pool.width, pool.blocks
-    options = {**pool.options, "CODE": layers.code_weight.shape[0]}
+    options = pool.options | weight_gradient_options(pool.k, block, layers)
+    tiles = triton.cdiv(pool.cloud, options["ROWS"]) * points.shape[0] if pool.k else 0
+    slices = slice_count(tiles, pool.rows * pool.width, size)
+    partial = like.new_zeros(slices, size)
     scratch = new_scratch(like, slices, options)
     launch(
         pool_backward_centers_kernel, (slices,),
         pool.points, pool.features, pool.neighbors, *pool.network(), *scores, *saved, partial, grad_points,
-        grad_edges, scratch, *sizes, pool.tiles, size, scratch.shape[1],
+        grad_edges, scratch, *sizes, tiles, size, scratch.shape[1],
         POINTS=points_gradient, **options,
     )  # fmt: skip
     if slices:
