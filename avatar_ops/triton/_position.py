@@ -102,6 +102,12 @@ def share(scratch, value):
 
 
 @triton.jit
+def unknown(number):
+    """`number`, as a bound that compilers do not know: they unroll short loops until registers spill."""
+    return tl.minimum(number, tl.num_programs(0) * number)
+
+
+@triton.jit
 def multiply_add(
     total, value, scratch, matrix, row, column, row_stride, column_stride,
     STEP: tl.constexpr, PRECISION: tl.constexpr,
@@ -111,7 +117,7 @@ def multiply_add(
     OUTPUTS: tl.constexpr = total.shape[1]
     if INPUTS > STEP:
         share(scratch, value)
-        for start in tl.range(0, INPUTS, STEP, disable_licm=True):
+        for start in tl.range(0, unknown(INPUTS), STEP, disable_licm=True):
             left = tl.load(block_pointers(scratch, 0, start, INPUTS, 1, value.shape[0], STEP))
             right = tl.load(block_pointers(matrix, row + start, column, row_stride, column_stride, STEP, OUTPUTS))
             total = tl.dot(left, right, total, input_precision=PRECISION, out_dtype=total.dtype)
@@ -129,7 +135,7 @@ def add_product_to(
     OUTPUTS: tl.constexpr = left.shape[1]
     if OUTPUTS > STEP:
         share(scratch, left)
-        for start in tl.range(0, OUTPUTS, STEP, disable_licm=True):
+        for start in tl.range(0, unknown(OUTPUTS), STEP, disable_licm=True):
             part = tl.load(block_pointers(scratch, start, 0, 1, OUTPUTS, STEP, left.shape[0]))
             product = tl.dot(part, right, input_precision=PRECISION, out_dtype=right.dtype)
             add_to(block_pointers(matrix, row + start, column, stride, 1, STEP, right.shape[1]), product)

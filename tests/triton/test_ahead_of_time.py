@@ -44,29 +44,35 @@ def run_edge_moments(points, k, width, depth, dtype):
 OPS = {"local_attention_pool": run_local_attention_pool, "edge_moments": run_edge_moments}
 # RandLA-Net's levels: points, neighbours, C = P; the position network's depth; dtype.
 SHAPES = [
-    (100_000, 16, 8, 1, torch.float32),
-    (25_000, 16, 32, 2, torch.float32),
-    (25_000, 16, 32, 1, torch.bfloat16),
-    (6_250, 16, 64, 1, torch.float32),
     (1_562, 16, 128, 2, torch.float32),
-    (1_562, 16, 128, 1, torch.float16),
-    (100_000, 12, 8, 1, torch.float64),
+    (6_250, 16, 64, 2, torch.float16),
+    (25_000, 16, 32, 2, torch.bfloat16),
+    (100_000, 12, 8, 1, torch.float32),
+    (100_000, 16, 8, 2, torch.float64),
+    (1_562, 12, 96, 2, torch.bfloat16),
+    (1_562, 16, 128, 1, torch.float32),
+    (6_250, 16, 64, 2, torch.float32),
+    (25_000, 16, 32, 2, torch.float32),
+    (100_000, 16, 8, 2, torch.float32),
 ]
 CAPABILITIES = (80, 90, 100)
-# Of all combinations, what is compiled unless --every-triton-shape asks for the rest: each kernel for each
-# architecture once, each width once.
-ALWAYS = {(0, 80), (1, 90), (4, 90), (3, 100)}
+# Of all combinations, what is compiled unless --every-triton-shape asks for the rest: the widest for each
+# architecture, and each width and each dtype once.
+ALWAYS = {(0, 80), (0, 90), (0, 100), (1, 80), (2, 100), (3, 90), (4, 90)}
 
 
 def ids(value):
     return "-".join(str(part).removeprefix("torch.") for part in value) if isinstance(value, tuple) else None
 
 
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("shape", SHAPES, ids=ids)
 @pytest.mark.parametrize("op", OPS)
-def test_kernels_compile_without_spills_and_use_matrix_units(op, shape, capability, pytestconfig):
-    chosen = (SHAPES.index(shape), capability) in ALWAYS
+def test_kernels_compile_without_spills_and_use_matrix_units(op, shape, capability, precision, pytestconfig, monkeypatch):
+    """`precision` is torch's switch for float32 products."""
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", precision)
+    chosen = (SHAPES.index(shape), capability) in ALWAYS and precision == "ieee"
     if not chosen and not pytestconfig.getoption("every_triton_shape"):
         pytest.skip("asked for by --every-triton-shape")
     started = ahead_of_time.launches(lambda: OPS[op](*shape))
@@ -75,6 +81,6 @@ def test_kernels_compile_without_spills_and_use_matrix_units(op, shape, capabili
         compiled = ahead_of_time.compile_for(launch, capability)
         assert compiled.local_accesses == 0, (launch.name, compiled)
         assert compiled.shared_bytes <= ahead_of_time.SHARED_BYTES[capability], (launch.name, compiled)
-        # The mean is a sum, and a position network of one layer is made of multiply-adds.
-        if launch.name != "mean_kernel" or shape[3] > 1:
+        # The others add up; the mean is that of a position network, of one layer made of multiply-adds.
+        if launch.name != "sum_edges_kernel" and (launch.name != "mean_kernel" or shape[3] > 1):
             assert compiled.matrix_instructions, (launch.name, compiled)
