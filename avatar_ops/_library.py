@@ -50,7 +50,10 @@ def launch_with_triton(module: str, *names: str) -> None:
     for name in names:
 
         def run(*args, name=name):
-            return getattr(importlib.import_module(f"{NAMESPACE}.triton.{module}"), name)(*args)
+            launcher = getattr(importlib.import_module(f"{NAMESPACE}.triton.{module}"), name)
+            # The op's own autocast has chosen the dtypes; products that a launcher makes by torch keep them.
+            with torch.autocast(args[0].device.type, enabled=False):
+                return launcher(*args)
 
         TRITON_KERNELS[name] = run
         if torch.version.cuda is not None and importlib.util.find_spec("triton") is not None:

@@ -78,6 +78,10 @@ def interpret_triton_kernels(log: Path):
 
     interpreter.GridExecutor.__call__ = logged_call
     interpreter.InterpretedFunction.__call__ = device_call
+    # As `launch` asks for on a GPU.
+    interpreter.interpreter_builder.options = interpreter.InterpreterOptions(
+        debug=True, sanitize_overflow=False
+    )
     # The interpreter takes its time by the operation, however many numbers it is on.
     from avatar_ops.triton import _position
 

@@ -1,10 +1,10 @@
 """Triton kernels compiled for GPUs that are not at hand: what a launcher would start, and what ptxas makes of it.
 
-    started = []
-    JITFunction.run = recorder(started)      launches are recorded instead of run
-    ...                                      call launchers, on tensors of the CPU or without data
-    compile_launch(started[0], 90)           -> Compiled
-    describe(started[0], (80, 90, 100), {})  -> the same as plain numbers, for a report
+started = []
+JITFunction.run = recorder(started)      launches are recorded instead of run
+...                                      call launchers, on tensors of the CPU or without data
+compile_launch(started[0], 90)           -> Compiled
+describe(started[0], (80, 90, 100), {})  -> the same as plain numbers, for a report
 """
 
 from __future__ import annotations
@@ -105,7 +105,9 @@ def compile_launch(launch: Launch, capability: int) -> Compiled:
         file.write(compiled.asm["cubin"])
         file.flush()
         usage, code = (
-            subprocess.check_output([TOOLS / "cuobjdump", option, file.name], text=True, stderr=subprocess.DEVNULL)
+            subprocess.check_output(
+                [TOOLS / "cuobjdump", option, file.name], text=True, stderr=subprocess.DEVNULL
+            )
             for option in ("-res-usage", "-sass")
         )
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()

@@ -49,9 +49,7 @@ def rows_of(tile, place, cloud, ROWS: tl.constexpr):
 
 
 @triton.jit
-def outgoing_edges(
-    neighbors, tile, chunk, cloud, K: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr
-):
+def outgoing_edges(neighbors, tile, chunk, cloud, K: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr):
     """Centre, neighbour (rows of all clouds) and existence of the edges of one chunk of slots."""
     edge = tl.arange(0, ROWS * SLOTS)
     center, inside, first = rows_of(tile, edge // SLOTS, cloud, ROWS)
@@ -119,7 +117,9 @@ def multiply_add(
         share(scratch, value)
         for start in tl.range(0, unknown(INPUTS), STEP, disable_licm=True):
             left = tl.load(block_pointers(scratch, 0, start, INPUTS, 1, value.shape[0], STEP))
-            right = tl.load(block_pointers(matrix, row + start, column, row_stride, column_stride, STEP, OUTPUTS))
+            right = tl.load(
+                block_pointers(matrix, row + start, column, row_stride, column_stride, STEP, OUTPUTS)
+            )
             total = tl.dot(left, right, total, input_precision=PRECISION, out_dtype=total.dtype)
     else:
         right = tl.load(block_pointers(matrix, row, column, row_stride, column_stride, INPUTS, OUTPUTS))

@@ -1,5 +1,7 @@
 """Triton kernels compiled for sm_80, sm_90 and sm_100 over the shapes of the networks that use them."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -8,6 +10,7 @@ pytest.importorskip("triton", reason="comes with torch's CUDA builds")
 import ahead_of_time
 
 from avatar_ops.triton import edge_moments, local_attention_pool
+from avatar_ops.triton._launch import dot_precision
 
 
 def position_network_inputs(points, k, width, depth, dtype):
@@ -57,25 +60,31 @@ SHAPES = [
 ]
 CAPABILITIES = (80, 90, 100)
 # Of all combinations, what is compiled unless --every-triton-shape asks for the rest: the widest for each
-# architecture, and each width and each dtype once.
-ALWAYS = {(0, 80), (0, 90), (0, 100), (1, 80), (2, 100), (3, 90), (4, 90)}
+# architecture, then of the op with the larger kernels the other dtypes.
+ALWAYS = [(op, 0, capability) for op in OPS for capability in CAPABILITIES]
+ALWAYS += [("local_attention_pool", 2, 100), ("local_attention_pool", 4, 90)]
 
 
 def ids(value):
     return "-".join(str(part).removeprefix("torch.") for part in value) if isinstance(value, tuple) else None
 
 
-@pytest.mark.parametrize("precision", ["ieee", "tf32"])
-@pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("shape", SHAPES, ids=ids)
-@pytest.mark.parametrize("op", OPS)
-def test_kernels_compile_without_spills_and_use_matrix_units(op, shape, capability, precision, pytestconfig, monkeypatch):
-    """`precision` is torch's switch for float32 products."""
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", precision)
-    chosen = (SHAPES.index(shape), capability) in ALWAYS and precision == "ieee"
-    if not chosen and not pytestconfig.getoption("every_triton_shape"):
-        pytest.skip("asked for by --every-triton-shape")
-    started = ahead_of_time.launches(lambda: OPS[op](*shape))
+def pytest_generate_tests(metafunc):
+    if "shape" not in metafunc.fixturenames:
+        return
+    chosen = [(op, SHAPES[place], capability, "tf32x3") for op, place, capability in ALWAYS]
+    if metafunc.config.getoption("every_triton_shape"):
+        chosen = list(itertools.product(OPS, SHAPES, CAPABILITIES, ("tf32x3", "tf32")))
+    metafunc.parametrize(("op", "shape", "capability", "precision"), chosen, ids=ids)
+
+
+def test_kernels_compile_without_spills_and_use_matrix_units(op, shape, capability, precision):
+    """`precision` is that of float32 products, by torch's switch."""
+    with pytest.MonkeyPatch.context() as patch:
+        if shape[4] == torch.float32:
+            for module in (local_attention_pool, edge_moments):
+                patch.setattr(module, "dot_precision", lambda dtype: precision)
+        started = ahead_of_time.launches(lambda: OPS[op](*shape))
     assert started
     for launch in started:
         compiled = ahead_of_time.compile_for(launch, capability)
@@ -84,3 +93,22 @@ def test_kernels_compile_without_spills_and_use_matrix_units(op, shape, capabili
         # The others add up; the mean is that of a position network, of one layer made of multiply-adds.
         if launch.name != "sum_edges_kernel" and (launch.name != "mean_kernel" or shape[3] > 1):
             assert compiled.matrix_instructions, (launch.name, compiled)
+
+
+@pytest.mark.parametrize(
+    ("allowed", "dtype", "precision"),
+    [
+        (False, torch.float32, "tf32x3"),
+        (True, torch.float32, "tf32"),
+        (False, torch.bfloat16, "tf32"),
+        (True, torch.float64, "ieee"),
+    ],
+)
+def test_precision_of_products_follows_the_switch_of_torch(allowed, dtype, precision):
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_tf32
+    try:
+        matmul.allow_tf32 = allowed
+        assert dot_precision(dtype) == precision
+    finally:
+        matmul.allow_tf32 = before
