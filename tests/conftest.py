@@ -54,6 +54,7 @@ def interpret_triton_kernels(log: Path):
     """Puts Triton launchers in the place of CPU kernels, for good, and logs the kernels that they start."""
     # Read when triton is imported, and again where a kernel is decorated.
     os.environ["TRITON_INTERPRET"] = "1"
+    import triton.language as tl
     from triton.runtime import interpreter
 
     started = set()
@@ -76,12 +77,20 @@ def interpret_triton_kernels(log: Path):
             interpreter._patch_lang(self.fn)
         return self.rewrite()(*args, **kwargs)
 
+    # The interpreter holds bfloat16 as integers, and would multiply those.
+    create_dot = interpreter.InterpreterBuilder.create_dot
+
+    def create_dot_of_floats(self, a, b, *args):
+        wide = [self.cast_impl(t, tl.float32) if t.dtype.scalar == tl.bfloat16 else t for t in (a, b)]
+        return create_dot(self, *wide, *args)
+
     interpreter.GridExecutor.__call__ = logged_call
     interpreter.InterpretedFunction.__call__ = device_call
     # As `launch` asks for on a GPU.
     interpreter.interpreter_builder.options = interpreter.InterpreterOptions(
         debug=True, sanitize_overflow=False
     )
+    interpreter.InterpreterBuilder.create_dot = create_dot_of_floats
     # The interpreter takes its time by the operation, however many numbers it is on.
     from avatar_ops.triton import _position
 

@@ -12,19 +12,19 @@ from torch import Tensor
 from triton import cdiv
 
 from ..modulated_conv2d import composed, filter_padding, output_size
-from ._launch import accumulation_dtype, launch, power_of_two
+from ._launch import launch, power_of_two
 
-# From this many elements on, kernels index with 64 bits.
-WIDE_FROM = 2**31
+# From this many elements on, kernels index with 64 bits: the last block may reach past the last element.
+WIDE_FROM = 2**31 - 1024
 MOST_SPLITS = 16
 
 
 @triton.jit
-def power_above(largest, ACC: tl.constexpr):
+def power_above(largest):
     """The smallest power of two above the largest of float16 magnitudes; 1 where that is 0."""
-    bits = tl.minimum(largest.to(tl.float32), 65504.0).to(tl.int32, bitcast=True)
+    bits = tl.minimum(largest, 65504.0).to(tl.int32, bitcast=True)
     power = ((bits & 0x7F800000) + 0x00800000).to(tl.float32, bitcast=True)
-    return tl.where(largest > 0, power, 1.0).to(ACC)
+    return tl.where(largest > 0, power, 1.0)
 
 
 # One program a filter and BLOCK_B samples. GUARD divides the filter and each sample's styles by powers of two,
@@ -37,37 +37,38 @@ def prepare_kernel(
     modulation,  # (B, I)
     scale,  # (B, O)
     batch, inputs, outputs, eps, TAPS: tl.constexpr, DEMODULATE: tl.constexpr, GUARD: tl.constexpr,
-    INDEX: tl.constexpr, ACC: tl.constexpr, BLOCK_TAPS: tl.constexpr, BLOCK_I: tl.constexpr,
+    INDEX: tl.constexpr, BLOCK_TAPS: tl.constexpr, BLOCK_I: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ):  # fmt: skip
     o = tl.program_id(0).to(INDEX)
     b = (tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)).to(INDEX)
     tap = tl.arange(0, BLOCK_TAPS)
-    weight_divisor = tl.full((), 1, ACC)
-    style_divisor = tl.full((BLOCK_B,), 1, ACC)
+    weight_divisor = tl.full((), 1, tl.float32)
+    style_divisor = tl.full((BLOCK_B,), 1, tl.float32)
     if GUARD:
-        largest_weight = tl.zeros((), ACC)
-        largest_style = tl.zeros((BLOCK_B,), ACC)
+        largest_weight = tl.zeros((), tl.float32)
+        largest_style = tl.zeros((BLOCK_B,), tl.float32)
         for start in range(0, inputs, BLOCK_I):
             i = start + tl.arange(0, BLOCK_I)
             mask = (i < inputs)[:, None] & (tap < TAPS)[None, :]
             w = tl.load(weight + (o * inputs + i[:, None]) * TAPS + tap[None, :], mask=mask, other=0)
-            largest_weight = tl.maximum(largest_weight, tl.max(tl.abs(w.to(ACC))))
+            largest_weight = tl.maximum(largest_weight, tl.max(tl.abs(w.to(tl.float32))))
             mask = (b < batch)[:, None] & (i < inputs)[None, :]
             s = tl.load(styles + b[:, None] * inputs + i[None, :], mask=mask, other=0)
-            largest_style = tl.maximum(largest_style, tl.max(tl.abs(s.to(ACC)), 1))
-        weight_divisor = power_above(largest_weight, ACC)
-        style_divisor = power_above(largest_style, ACC)
-    energy = tl.zeros((BLOCK_B,), ACC)
+            largest_style = tl.maximum(largest_style, tl.max(tl.abs(s.to(tl.float32)), 1))
+        weight_divisor = power_above(largest_weight)
+        style_divisor = power_above(largest_style)
+    energy = tl.zeros((BLOCK_B,), tl.float32)
     for start in range(0, inputs, BLOCK_I):
         i = start + tl.arange(0, BLOCK_I)
         mask = (i < inputs)[:, None] & (tap < TAPS)[None, :]
-        w = tl.load(weight + (o * inputs + i[:, None]) * TAPS + tap[None, :], mask=mask, other=0).to(ACC)
+        w = tl.load(weight + (o * inputs + i[:, None]) * TAPS + tap[None, :], mask=mask, other=0)
+        w = w.to(tl.float32)
         if tl.program_id(1) == 0:
             target = packed + (tap[None, :].to(INDEX) * outputs + o) * inputs + i[:, None]
             tl.store(target, (w / weight_divisor).to(packed.dtype.element_ty), mask=mask)
         mask = (b < batch)[:, None] & (i < inputs)[None, :]
-        s = tl.load(styles + b[:, None] * inputs + i[None, :], mask=mask, other=0).to(ACC)
+        s = tl.load(styles + b[:, None] * inputs + i[None, :], mask=mask, other=0).to(tl.float32)
         if DEMODULATE:
             energy += tl.sum(s * s * tl.sum(w * w, 1)[None, :], 1)
         if tl.program_id(0) == 0:
@@ -76,6 +77,14 @@ def prepare_kernel(
     if DEMODULATE:
         result = result / tl.sqrt(energy + eps)
     tl.store(scale + b * outputs + o, result, mask=b < batch)
+
+
+@triton.jit
+def filter_tap(filter, u, v, taps, SEPARABLE: tl.constexpr):
+    if SEPARABLE:
+        return tl.load(filter + u).to(tl.float32) * tl.load(filter + v).to(tl.float32)
+    else:
+        return tl.load(filter + u * taps + v).to(tl.float32)
 
 
 # x times its styles in the order (B, H', W', I), which lets the convolution load 16 bytes at a time; with a
@@ -89,7 +98,7 @@ def modulate_kernel(
     inputs, height, width, stride_b, stride_i, stride_h, stride_w,
     pixels,  # B * rows * columns
     rows, columns, taps, before, FILTER: tl.constexpr, SEPARABLE: tl.constexpr, INDEX: tl.constexpr,
-    ACC: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_I: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(inputs, BLOCK_I)
     tile = tl.program_id(0)
@@ -100,20 +109,18 @@ def modulate_kernel(
     mask = (i < inputs)[:, None] & (pixel < pixels)[None, :]
     source = x + (i * stride_i)[:, None] + (b * stride_b)[None, :]
     if FILTER:
-        value = tl.zeros((BLOCK_I, BLOCK_P), ACC)
+        value = tl.zeros((BLOCK_I, BLOCK_P), tl.float32)
         for u in range(taps):
             h = row + (taps - 1 - u - before)
             for v in range(taps):
                 w = column + (taps - 1 - v - before)
                 inside = (h >= 0) & (h < height) & (w >= 0) & (w < width)
-                if SEPARABLE:
-                    tap = tl.load(filter + u) * tl.load(filter + v)
-                else:
-                    tap = tl.load(filter + u * taps + v)
+                tap = filter_tap(filter, u, v, taps, SEPARABLE)
                 offset = (h * stride_h + w * stride_w)[None, :]
-                value += tap * tl.load(source + offset, mask=mask & inside[None, :], other=0).to(ACC)
+                value += tap * tl.load(source + offset, mask=mask & inside[None, :], other=0).to(tl.float32)
     else:
-        value = tl.load(source + (row * stride_h + column * stride_w)[None, :], mask=mask, other=0).to(ACC)
+        value = tl.load(source + (row * stride_h + column * stride_w)[None, :], mask=mask, other=0)
+        value = value.to(tl.float32)
     value *= tl.load(modulation + b[None, :] * inputs + i[:, None], mask=mask, other=0)
     target = result + pixel[:, None] * inputs + i[None, :]
     tl.store(target, tl.trans(value.to(result.dtype.element_ty)), mask=tl.trans(mask))
@@ -162,7 +169,7 @@ def convolve_kernel(
     rows, columns, padding, slope, gain, clamp, K: tl.constexpr, STRIDE: tl.constexpr, UP: tl.constexpr,
     PARTIAL: tl.constexpr, KEEP: tl.constexpr, NOISE: tl.constexpr, BIAS: tl.constexpr,
     ACTIVATE: tl.constexpr, CLAMP: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
-    ACC: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(outputs, BLOCK_O)
     tile = tl.program_id(0)
@@ -183,7 +190,7 @@ def convolve_kernel(
     filters = weight + o * inputs
     steps = taps_h * taps_w * tl.cdiv(inputs, BLOCK_I)
     per_split = tl.cdiv(steps, tl.num_programs(2))
-    value = tl.zeros((BLOCK_P, BLOCK_O), ACC)
+    value = tl.zeros((BLOCK_P, BLOCK_O), tl.float32)
     # Taps vary fastest: neighbouring windows of the same channels stay in the cache.
     for step in range(split * per_split, min(steps, (split + 1) * per_split)):
         tap = step % (taps_h * taps_w)
@@ -204,7 +211,7 @@ def convolve_kernel(
             mask=(o < outputs)[None, :] & (i < inputs)[:, None],
             other=0,
         )
-        value = tl.dot(left, right, value, input_precision=PRECISION, out_dtype=ACC)
+        value = tl.dot(left, right, value, input_precision=PRECISION)
     mask = valid[:, None] & (o < outputs)[None, :]
     value *= tl.load(scale + (b * outputs)[:, None] + o[None, :], mask=mask, other=0)
     if PARTIAL:
@@ -226,7 +233,7 @@ def pointwise_kernel(
     scale,  # (B, O)
     y, demodulated, noise, noise_b, noise_h, noise_w, bias, inputs, outputs, rows, columns, slope, gain,
     clamp, KEEP: tl.constexpr, NOISE: tl.constexpr, BIAS: tl.constexpr, ACTIVATE: tl.constexpr,
-    CLAMP: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr,
+    CLAMP: tl.constexpr, PRECISION: tl.constexpr, INDEX: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
     plane = tl.cast(rows, INDEX) * columns
@@ -236,7 +243,7 @@ def pointwise_kernel(
     pixel = (tile // tiles_o % tiles_p).to(INDEX) * BLOCK_P + tl.arange(0, BLOCK_P)
     b = (tile // tiles_o // tiles_p).to(INDEX)
     valid = pixel < plane
-    value = tl.zeros((BLOCK_P, BLOCK_O), ACC)
+    value = tl.zeros((BLOCK_P, BLOCK_O), tl.float32)
     for start in range(0, inputs, BLOCK_I):
         i = start + tl.arange(0, BLOCK_I).to(INDEX)
         left = tl.load(
@@ -245,13 +252,13 @@ def pointwise_kernel(
             other=0,
         )
         styles = tl.load(modulation + b * inputs + i, mask=i < inputs, other=0)
-        left = (left.to(ACC) * styles[:, None]).to(left.dtype)
+        left = (left.to(tl.float32) * styles[:, None]).to(left.dtype)
         right = tl.load(
             weight + o[None, :] * inputs + i[:, None],
             mask=(o < outputs)[None, :] & (i < inputs)[:, None],
             other=0,
         )
-        value = tl.dot(tl.trans(left), right, value, input_precision=PRECISION, out_dtype=ACC)
+        value = tl.dot(tl.trans(left), right, value, input_precision=PRECISION)
     value *= tl.load(scale + b * outputs + o, mask=o < outputs, other=0)[None, :]
     store_result(
         tl.trans(value), b + tl.zeros_like(pixel), pixel // columns, pixel % columns, valid, o, y, demodulated,
@@ -273,7 +280,7 @@ def finish_kernel(
     height,  # of the image that the phases make up
     width, splits, taps, before, slope, gain, clamp, UP: tl.constexpr, SEPARABLE: tl.constexpr,
     KEEP: tl.constexpr, NOISE: tl.constexpr, BIAS: tl.constexpr, ACTIVATE: tl.constexpr,
-    CLAMP: tl.constexpr, INDEX: tl.constexpr, ACC: tl.constexpr, BLOCK_P: tl.constexpr,
+    CLAMP: tl.constexpr, INDEX: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_O: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(outputs, BLOCK_O)
@@ -284,26 +291,23 @@ def finish_kernel(
     b = pixel // (tl.cast(rows, INDEX) * columns)
     row, column = pixel // columns % rows, pixel % columns
     mask = valid[:, None] & (o < outputs)[None, :]
-    value = tl.zeros((BLOCK_P, BLOCK_O), ACC)
+    value = tl.zeros((BLOCK_P, BLOCK_O), tl.float32)
     if UP:
         for u in range(taps):
             h = row + (taps - 1 - u - before)
             for v in range(taps):
                 w = column + (taps - 1 - v - before)
                 inside = (h >= 0) & (h < height) & (w >= 0) & (w < width)
-                if SEPARABLE:
-                    tap = tl.load(filter + u) * tl.load(filter + v)
-                else:
-                    tap = tl.load(filter + u * taps + v)
+                tap = filter_tap(filter, u, v, taps, SEPARABLE)
                 part = (h % 2 * 2 + w % 2) * z_pixels + (b * z_rows + h // 2) * z_columns + w // 2
                 for split in range(splits):
                     source = z + (part + tl.cast(split, INDEX) * 4 * z_pixels)[:, None] * outputs
                     sample = tl.load(source + o[None, :], mask=mask & inside[:, None], other=0)
-                    value += 4 * tap * sample.to(ACC)
+                    value += 4 * tap * sample.to(tl.float32)
     else:
         for split in range(splits):
             source = z + (pixel + tl.cast(split, INDEX) * z_pixels)[:, None] * outputs + o[None, :]
-            value += tl.load(source, mask=mask, other=0).to(ACC)
+            value += tl.load(source, mask=mask, other=0).to(tl.float32)
     store_result(
         tl.trans(value), b, row, column, valid, o, y, demodulated, noise, noise_b, noise_h, noise_w, bias,
         outputs, rows, columns, slope, gain, clamp, KEEP, NOISE, BIAS, ACTIVATE, CLAMP,
@@ -348,10 +352,8 @@ def choose_tile(
 
     if itemsize == 2:
         shapes, depth, stages = ((128, 128), (64, 64)), 64, 3
-    elif precision == "tf32":
-        shapes, depth, stages = ((128, 64), (64, 64)), 32, 3
     else:
-        shapes, depth, stages = ((64, 64), (32, 32)), 16, 2
+        shapes, depth, stages = ((128, 64), (64, 64)), 32, 3
     block_i = size(inputs, depth)
     # The smaller shape where the larger leaves multiprocessors without work.
     for tallest, widest in shapes:
@@ -361,14 +363,19 @@ def choose_tile(
             break
     steps = cdiv(taps, phases) * cdiv(inputs, block_i)
     splits = min(2 * processors // max(1, tiles), steps // 4, MOST_SPLITS)
-    warps = 8 if block_p * block_o > 64 * 128 else 4
+    # Three products a number, with the parts that they multiply, take twice the registers.
+    warps = 8 if block_p * block_o * (2 if precision == "tf32x3" else 1) > 64 * 128 else 4
     return Tile(block_p, block_o, block_i, max(1, splits), warps, stages)
 
 
 def product_precision(dtype: torch.dtype) -> str:
-    """The input_precision of `tl.dot`: float32 is rounded to TensorFloat-32 where torch's switch allows that."""
-    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if dtype == torch.float32 and allowed else "ieee"
+    """The input_precision of `tl.dot`, which matters to float32 alone.
+
+    One TensorFloat-32 product where torch's switch for convolutions allows that, else three of them, which
+    are nearly as accurate as float32's own.
+    """
+    allowed = dtype != torch.float32 or torch.backends.cudnn.conv.fp32_precision == "tf32"
+    return "tf32" if allowed else "tf32x3"
 
 
 @functools.cache
@@ -377,28 +384,25 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
-def _types(dtype: torch.dtype, *extents: int) -> dict:
-    """Index and accumulation type of a kernel on tensors of these extents."""
-    return {
-        "INDEX": tl.int64 if max(extents) >= WIDE_FROM else tl.int32,
-        "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
-    }
+def _index_type(*extents: int) -> tl.dtype:
+    """Type of the offsets into tensors of these extents."""
+    return tl.int64 if max(extents) >= WIDE_FROM else tl.int32
 
 
 def _prepare(weight: Tensor, styles: Tensor, demodulate: bool, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """The weight as (k * k, O, I), what multiplies x (B, I), and what multiplies the convolution (B, O)."""
     outputs, inputs, k, _ = weight.shape
-    batch, dtype = styles.shape[0], accumulation_dtype(weight.dtype)
+    batch = styles.shape[0]
     packed = weight.new_empty(k * k, outputs, inputs)
-    modulation = weight.new_empty(batch, inputs, dtype=dtype)
-    scale = weight.new_empty(batch, outputs, dtype=dtype)
+    modulation = weight.new_empty(batch, inputs, dtype=torch.float32)
+    scale = weight.new_empty(batch, outputs, dtype=torch.float32)
     block_taps = power_of_two(k * k)
     launch(
         prepare_kernel, (outputs, cdiv(batch, 16)),
         weight.contiguous(), styles.contiguous(), packed, modulation, scale, batch, inputs, outputs, eps,
         TAPS=k * k, DEMODULATE=demodulate, GUARD=weight.dtype == torch.float16, BLOCK_TAPS=block_taps,
         BLOCK_I=min(256, max(16, 1024 // block_taps)), BLOCK_B=16,
-        **_types(weight.dtype, weight.numel(), styles.numel(), scale.numel()),
+        INDEX=_index_type(weight.numel(), styles.numel(), scale.numel()),
     )  # fmt: skip
     return packed, modulation, scale
 
@@ -414,7 +418,7 @@ def _modulate(x: Tensor, modulation: Tensor, f: Tensor | None, size: tuple[int, 
         x, modulation, f, result, inputs, *x.shape[2:], *x.stride(), pixels, *size,
         0 if f is None else f.shape[0], before, FILTER=f is not None,
         SEPARABLE=f is not None and f.dim() == 1, BLOCK_P=64, BLOCK_I=64,
-        **_types(x.dtype, extent, result.numel()),
+        INDEX=_index_type(extent, result.numel()),
     )  # fmt: skip
     return result
 
@@ -432,7 +436,7 @@ def modulated_conv2d(
     the product of both kernels would multiply four times as much (for k = 3 and four taps 9 times a pixel of
     each of the four phases, instead of 9 times for all of them).
     """
-    if x.is_cuda and x.dtype == torch.float64:
+    if x.dtype == torch.float64:
         return composed(
             x, weight, styles, f, noise, bias, demodulate, up, down, padding, slope, gain, clamp, eps, keep
         )
@@ -469,7 +473,7 @@ def modulated_conv2d(
             (batch * cdiv(rows * columns, tile.pixels) * cdiv(outputs, tile.outputs),),
             x.contiguous(), packed, modulation, scale, *targets, inputs, outputs, rows, columns,
             *activation, PRECISION=precision, **epilogue, **tile.options(),
-            **_types(x.dtype, x.numel(), y.numel()),
+            INDEX=_index_type(x.numel(), y.numel()),
         )  # fmt: skip
         return y, demodulated
 
@@ -486,7 +490,7 @@ def modulated_conv2d(
     partial = up == 2 or tile.splits > 1
     z = y
     if partial:
-        dtype = x.dtype if tile.splits == 1 else scale.dtype
+        dtype = x.dtype if tile.splits == 1 else torch.float32
         z = x.new_empty(tile.splits, phases, pixels, outputs, dtype=dtype)
     launch(
         convolve_kernel,
@@ -494,7 +498,7 @@ def modulated_conv2d(
         modulated, packed, scale, z, *targets[1:], inputs, outputs, height, width, pixels, z_rows,
         z_columns, padding, *activation, K=k, STRIDE=down, UP=up == 2, PARTIAL=partial, PRECISION=precision,
         **(dict.fromkeys(epilogue, False) if partial else epilogue), **tile.options(),
-        **_types(x.dtype, modulated.numel(), z.numel(), packed.numel()),
+        INDEX=_index_type(modulated.numel(), z.numel(), packed.numel()),
     )  # fmt: skip
     if partial:
         block_o = min(64, max(16, power_of_two(outputs)))
@@ -502,7 +506,7 @@ def modulated_conv2d(
             finish_kernel, (cdiv(batch * rows * columns, 64) * cdiv(outputs, block_o),),
             z, f, *targets, outputs, batch * rows * columns, rows, columns, pixels, z_rows, z_columns,
             (height - 1) * 2 + k, (width - 1) * 2 + k, tile.splits, taps, sides[0], *activation, UP=up == 2,
-            SEPARABLE=f is not None and f.dim() == 1, BLOCK_P=64, BLOCK_O=block_o, **epilogue,
-            **_types(x.dtype, z.numel(), y.numel()),
+            SEPARABLE=f is not None and f.dim() == 1, BLOCK_P=64, BLOCK_O=block_o, num_warps=8, **epilogue,
+            INDEX=_index_type(z.numel(), y.numel()),
         )  # fmt: skip
     return y, demodulated
