@@ -92,8 +92,9 @@ def interpret_triton_kernels(log: Path):
     )
     interpreter.InterpreterBuilder.create_dot = create_dot_of_floats
     # The interpreter takes its time by the operation, however many numbers it is on.
-    from avatar_ops.triton import _position
+    from avatar_ops.triton import _position, modulated_conv2d
 
+    modulated_conv2d.FILTERED_PIXELS = 256
     for edges in (*_position.EDGES.values(), *_position.WEIGHT_GRADIENT_EDGES.values()):
         edges.update(dict.fromkeys(edges, 1024))
     # So that a slice has several tiles of what tests are made of.

@@ -67,6 +67,8 @@ CASES = [
     _case("linear", activation="linear", gain=3.0),
     _case("linear-clamp", activation="linear", clamp=0.5),
     _case("wide", shape=(2, 3, 50, 61), gain=1.25),
+    _case("many-samples", shape=(70, 3, 16)),
+    _case("large-images", shape=(2, 3, 40, 64), clamp=1.5),
     _case("matrix", shape=(9, 4)),
     _case("sequence", shape=(2, 4, 33), bias=False),
     _case("volume", shape=(2, 2, 3, 4, 5)),

@@ -17,6 +17,8 @@ from ._launch import launch, power_of_two
 # From this many elements on, kernels index with 64 bits: the last block may reach past the last element.
 WIDE_FROM = 2**31 - 1024
 MOST_SPLITS = 16
+# Pixels of a block of the kernels that filter.
+FILTERED_PIXELS = 64
 
 
 @triton.jit
@@ -414,10 +416,10 @@ def _modulate(x: Tensor, modulation: Tensor, f: Tensor | None, size: tuple[int, 
     pixels = batch * size[0] * size[1]
     extent = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
     launch(
-        modulate_kernel, (cdiv(pixels, 64) * cdiv(inputs, 64),),
+        modulate_kernel, (cdiv(pixels, FILTERED_PIXELS) * cdiv(inputs, 64),),
         x, modulation, f, result, inputs, *x.shape[2:], *x.stride(), pixels, *size,
         0 if f is None else f.shape[0], before, FILTER=f is not None,
-        SEPARABLE=f is not None and f.dim() == 1, BLOCK_P=64, BLOCK_I=64,
+        SEPARABLE=f is not None and f.dim() == 1, BLOCK_P=FILTERED_PIXELS, BLOCK_I=64,
         INDEX=_index_type(extent, result.numel()),
     )  # fmt: skip
     return result
@@ -503,10 +505,10 @@ def modulated_conv2d(
     if partial:
         block_o = min(64, max(16, power_of_two(outputs)))
         launch(
-            finish_kernel, (cdiv(batch * rows * columns, 64) * cdiv(outputs, block_o),),
+            finish_kernel, (cdiv(batch * rows * columns, FILTERED_PIXELS) * cdiv(outputs, block_o),),
             z, f, *targets, outputs, batch * rows * columns, rows, columns, pixels, z_rows, z_columns,
             (height - 1) * 2 + k, (width - 1) * 2 + k, tile.splits, taps, sides[0], *activation, UP=up == 2,
-            SEPARABLE=f is not None and f.dim() == 1, BLOCK_P=64, BLOCK_O=block_o, num_warps=8, **epilogue,
-            INDEX=_index_type(z.numel(), y.numel()),
+            SEPARABLE=f is not None and f.dim() == 1, BLOCK_P=FILTERED_PIXELS, BLOCK_O=block_o, num_warps=8,
+            **epilogue, INDEX=_index_type(z.numel(), y.numel()),
         )  # fmt: skip
     return y, demodulated
