@@ -87,8 +87,8 @@ def modulated_conv2d(
 
     Differentiable in everything floating, any number of times. Styles scale the input and norms the output of
     one convolution with the shared weight; no weight per sample is formed. On a GPU its float32 products use
-    TensorFloat-32 where torch.backends.cuda.matmul.fp32_precision is "tf32"; gradients are made of torch's own
-    convolutions and follow their switch.
+    TensorFloat-32 where torch.backends.cudnn.conv.fp32_precision is "tf32", as torch's own convolutions do. Of
+    those gradients and float64 are made, and follow their switches, that for determinism too.
     Source: Karras et al., Analyzing and Improving the Image Quality of StyleGAN, CVPR 2020, sec. 2.2.
     Reference: reference.modulated_conv2d.
     """
@@ -327,20 +327,31 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(x, weight, styles, f, noise, bias, y, demodulated)
 
 
+def _gradient_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of the images in the backward pass.
+
+    On a GPU bfloat16 stays what it is, for its matrix units. float16, which gradients may overflow, is widened;
+    TensorFloat-32, which torch's convolutions then use, is as precise. Sums and scales are never narrow.
+    """
+    narrow = x.is_cuda and x.dtype == torch.bfloat16
+    return x.dtype if narrow else _accumulate_dtype(x.dtype)
+
+
 def _backward(ctx, grad_y, grad_demodulated):
     x, weight, styles, f, noise, bias, y, demodulated = ctx.saved_tensors
     demodulate, up, down, padding, slope, gain, clamp, eps, keep = ctx.options
     need_x, need_weight, need_styles, need_f, need_noise, need_bias = ctx.needs_input_grad[:6]
-    in_dtype, dtype = x.dtype, _accumulate_dtype(x.dtype)
+    in_dtype, dtype, wide = x.dtype, _gradient_dtype(x), _accumulate_dtype(x.dtype)
     grad_noise = grad_bias = None
     with torch.autocast(x.device.type, enabled=False):
-        x, weight, styles = x.to(dtype), weight.to(dtype), styles.to(dtype)
-        modulated = x * _per_channel(styles)
+        x, weight, styles = x.to(dtype), weight.to(wide), styles.to(wide)
+        factors = _per_channel(styles).to(dtype)
+        modulated, filters = x * factors, weight.to(dtype)
         energy = _energy(weight, styles, eps) if demodulate else None
         if not keep and (demodulate or _activation_needs_input(slope, gain, clamp)):
-            demodulated = _convolve(modulated, weight, f, up, down, padding)
+            demodulated = _convolve(modulated, filters, f, up, down, padding)
             if demodulate:
-                demodulated = demodulated * _per_channel(energy.rsqrt())
+                demodulated = demodulated * _per_channel(energy.rsqrt()).to(dtype)
 
         grad = None if grad_demodulated is None else grad_demodulated.to(dtype)
         if grad_y is not None:
@@ -363,22 +374,23 @@ def _backward(ctx, grad_y, grad_demodulated):
         if demodulate:
             if need_weight or need_styles:
                 # d rsqrt(energy) = -rsqrt(energy) / (2 energy) d energy, and demodulated holds the rsqrt.
-                grad_energy = -0.5 * _pixel_products(grad, demodulated.to(dtype)) / energy
+                grad_energy = -0.5 * _pixel_products(grad, demodulated.to(dtype)).to(wide) / energy
             if need_weight:
                 per_filter = grad_energy.t() @ styles.square()
                 grad_weight = 2 * weight * _per_channel(per_filter)
             if need_styles:
                 grad_styles = 2 * styles * (grad_energy @ weight.square().sum((2, 3)))
-            grad = grad * _per_channel(energy.rsqrt())
+            grad = grad * _per_channel(energy.rsqrt()).to(dtype)
         grad_modulated, through_weight, grad_f = _convolve_backward(
-            grad, modulated, weight, f, up, down, padding, (need_x or need_styles, need_weight, need_f)
+            grad, modulated, filters, f, up, down, padding, (need_x or need_styles, need_weight, need_f)
         )
         if need_weight:
+            through_weight = through_weight.to(wide)
             grad_weight = through_weight if grad_weight is None else grad_weight + through_weight
         if need_styles:
-            through_styles = _pixel_products(grad_modulated, x)
+            through_styles = _pixel_products(grad_modulated, x).to(wide)
             grad_styles = through_styles if grad_styles is None else grad_styles + through_styles
-        grad_x = grad_modulated * _per_channel(styles) if need_x else None
+        grad_x = grad_modulated * factors if need_x else None
     gradients = (grad_x, grad_weight, grad_styles, grad_noise, grad_bias if need_bias else None)
     grad_x, grad_weight, grad_styles, grad_noise, grad_bias = (
         None if t is None else t.to(in_dtype) for t in gradients
