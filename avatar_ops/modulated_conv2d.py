@@ -286,7 +286,7 @@ def _pixel_products(a: Tensor, b: Tensor) -> Tensor:
 def composed(
     x, weight, styles, f, noise, bias, demodulate, up, down, padding, slope, gain, clamp, eps, keep
 ):  # fmt: skip
-    """The op as torch's convolution between the scalings, and the native epilogue."""
+    """The op as torch's convolution between the scalings, and the native epilogue; float64's on a GPU too."""
     dtype = _accumulate_dtype(x.dtype)
     weight, styles = weight.to(dtype).contiguous(), styles.to(dtype)
     z = _convolve(x.contiguous() * _per_channel(styles), weight, f, up, down, padding).contiguous()

@@ -419,7 +419,7 @@ def _modulate(x: Tensor, modulation: Tensor, f: Tensor | None, size: tuple[int, 
         modulate_kernel, (cdiv(pixels, FILTERED_PIXELS) * cdiv(inputs, 64),),
         x, modulation, f, result, inputs, *x.shape[2:], *x.stride(), pixels, *size,
         0 if f is None else f.shape[0], before, FILTER=f is not None,
-        SEPARABLE=f is not None and f.dim() == 1, BLOCK_P=FILTERED_PIXELS, BLOCK_I=64,
+        SEPARABLE=f is not None and f.dim() == 1, BLOCK_P=FILTERED_PIXELS, BLOCK_I=64, num_warps=8,
         INDEX=_index_type(extent, result.numel()),
     )  # fmt: skip
     return result
