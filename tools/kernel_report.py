@@ -224,13 +224,11 @@ def tables(data: dict) -> str:
     lines = ["| call | moves | gathers | operations | " + " | ".join(f"{g.name} us" for g in GPUS) + " |"]
     lines.append("|---|---:|---:|---:|" + "---:|" * len(GPUS))
     for call in data["calls"]:
-        bound = set(call["bound"].values())
-        times = " | ".join(f"{call['roofline_microseconds'][gpu.name]:g}" for gpu in GPUS)
+        times = " | ".join(roofline_cell(call["roofline"][gpu.name]) for gpu in GPUS)
         lines.append(
             f"| {call['op']}: {call['name']} | {call['bytes'] / 1e6:.1f} MB | "
             f"{call['gathered_bytes'] / 1e6:.0f} MB | {call['flops'] / 1e9:.1f} G | {times} |"
         )
-        del bound
     head = "| kernel | launch | " + " | ".join(f"sm_{c} registers | shared | occupancy" for c in CAPABILITIES)
     lines += [
         "",
@@ -256,6 +254,11 @@ def tables(data: dict) -> str:
                 lines.append(row)
             seen.add(row)
     return "\n".join(lines)
+
+
+def roofline_cell(roofline: dict) -> str:
+    """Microseconds, with a star where operations bound them and not memory."""
+    return f"{roofline['seconds'] * 1e6:.1f}" + ("" if roofline["bound"] == "memory" else " *")
 
 
 def trimmed(sizes: list[int]) -> list[int]:
