@@ -17,6 +17,8 @@ DEVICE = torch.device("cpu")
 def _device(pytestconfig):
     global DEVICE
     DEVICE = torch.device(pytestconfig.getoption("device"))
+    # What is compared is float32, which torch's convolutions on a GPU round unless told not to.
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def ids(case):
