@@ -99,7 +99,9 @@ def run_op_tests(
         environment.update(sanitizer_environment())
     if log is not None:
         environment["AVATAR_HOSTCUDA_LOG"] = str(log)
-    command = [sys.executable, "-m", "pytest", "tests/ops", "tests/hostcuda/orders.py", "--isa", "baseline"]
+    # What a sanitizer says before it ends the process is not to be captured.
+    command = [sys.executable, "-m", "pytest", "tests/ops", "tests/hostcuda/orders.py", "--capture=sys"]
+    command += ["--isa", "baseline"]
     command += ["--hostcuda", str(built), *(f"--op={op}" for op in ops), "-k", PYTEST_SELECTION, *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, **options)
 

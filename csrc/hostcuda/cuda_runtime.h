@@ -38,7 +38,7 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
   return cudaSuccess;
 }
 inline cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {
-  std::memset(memory, value, bytes);
+  if (bytes) std::memset(memory, value, bytes);
   return cudaSuccess;
 }
 template <typename... Parameters>
