@@ -28,11 +28,11 @@ MOST_PROGRAMS = 2048
 # which keep more in registers.
 EDGES = {
     torch.float32: {16: 64, 32: 64, 64: 32, 128: 32},
-    torch.float64: {16: 32, 32: 32, 64: 32, 128: 16},
+    torch.float64: {16: 16, 32: 16, 64: 16, 128: 16},
 }
 WEIGHT_GRADIENT_EDGES = {
     torch.float32: {16: 64, 32: 32, 64: 32, 128: 16},
-    torch.float64: {16: 32, 32: 16, 64: 16, 128: 16},
+    torch.float64: {16: 16, 32: 16, 64: 16, 128: 16},
 }
 
 
@@ -403,7 +403,7 @@ def incoming(neighbors: Tensor) -> tuple[Tensor, Tensor]:
         offsets: (B N + 1,) int64; those to point i of all clouds stand at offsets[i] ... offsets[i + 1] - 1.
         order: (B N K,) int64 the places of edges in `neighbors`, ascending for each point.
     """
-    batch, cloud, k = neighbors.shape
+    batch, cloud, _ = neighbors.shape
     rows = batch * cloud
     # A sort takes time by the byte.
     dtype = torch.int32 if rows < 2**31 - 1 else torch.int64
