@@ -48,7 +48,8 @@ def local_attention_pool(
         r = LeakyReLU(position_weight e + position_bias), once per layer
         h = [f_j ; r],   s = softmax over the neighbours of (score_weight h),   result = sum s * h
 
-    No tensor over edges is formed, forward or backward: memory is O(N (C + P)).
+    No tensor of channels over edges is formed, forward or backward: memory is O(N (C + P)), besides the
+    neighbours and, on CUDA, their order by the point that they lead to.
 
     Args:
         points: (B, N, D) or (N, D) float16, bfloat16, float32 or float64, any D >= 1.

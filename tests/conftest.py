@@ -97,8 +97,8 @@ def interpret_triton_kernels(log: Path):
     modulated_conv2d.FILTERED_PIXELS = 256
     for edges in (*_position.EDGES.values(), *_position.WEIGHT_GRADIENT_EDGES.values()):
         edges.update(dict.fromkeys(edges, 1024))
-    # So that a slice has several tiles of what tests are made of.
-    _position.LEAST_SLICES = 2
+    # So that a slice, and a program, has several tiles of what tests are made of.
+    _position.LEAST_SLICES = _position.MOST_PROGRAMS = 2
     for name, launcher in TRITON_KERNELS.items():
 
         def run(*args, name=name, launcher=launcher):

@@ -388,6 +388,11 @@ def new_scratch(like: Tensor, programs: int, options: dict[str, int]) -> Tensor:
     return like.new_empty(programs, options["ROWS"] * options["SLOTS"] * width)
 
 
+def program_count(tiles: int) -> int:
+    """How many programs share tiles of which each gives a part of the result: bounds the scratch memory."""
+    return min(tiles, MOST_PROGRAMS)
+
+
 def slice_count(tiles: int, result: int, numbers: int) -> int:
     """Into how many slices `tiles` go when each slice keeps `numbers`: the same on every device.
 

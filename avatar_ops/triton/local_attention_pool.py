@@ -17,7 +17,6 @@ from torch import Tensor
 
 from ._launch import accumulation_dtype, dot_precision, launch, power_of_two
 from ._position import (
-    MOST_PROGRAMS,
     WIDEST_BLOCK,
     add_edges_to_points,
     add_product_to,
@@ -31,6 +30,7 @@ from ._position import (
     pack_layers,
     position_network,
     position_network_backward,
+    program_count,
     rows_of,
     send_to_points,
     slice_count,
@@ -304,7 +304,7 @@ def local_attention_pool(
     statistics = pool.layers.bias.new_zeros(batch, cloud, pool.width if save_statistics else 0)
     if pool.k == 0:
         return pooled, statistics
-    programs = min(pool.tiles, MOST_PROGRAMS)
+    programs = program_count(pool.tiles)
     scratch = new_scratch(pool.layers.bias, programs * pool.blocks, pool.options)
     launch(
         pool_kernel, (programs, pool.blocks),
@@ -353,7 +353,7 @@ def local_attention_pool_backward(
     )  # fmt: skip
     if slices:
         edges = incoming(pool.neighbors)
-        programs = min(pool.tiles, MOST_PROGRAMS)
+        programs = program_count(pool.tiles)
         scratch = new_scratch(like, programs * pool.blocks, pool.options)
         launch(
             pool_backward_neighbors_kernel, (programs, pool.blocks),
