@@ -1,4 +1,4 @@
-#include "bias_act/activation.cuh"
+#include "common/activation.cuh"
 #include "common/cuda.cuh"
 
 namespace avatar {
