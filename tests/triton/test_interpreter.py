@@ -16,15 +16,12 @@ pytest.importorskip("triton", reason="comes with torch's CUDA builds")
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted((ROOT / "avatar_ops" / "triton").glob("*.py"))
 OPS = [path.stem for path in SOURCES if not path.stem.startswith("_")]
-# Left out: torch's compilers around the op, tests of the CPU kernels' use of memory, and finite differences where
-# gradients are compared in float64 as well.
-SELECTION = (
-    "not compile and not export and not gradcheck and not forms_no_tensor_over_edges and not in_rounds"
-)
-# Every case runs in float64. These kernels differ in other dtypes by a conversion only, and in these tests by
-# what their launchers do before.
+# Left out: torch's compilers around the op, and tests of the CPU kernels' use of memory.
+SELECTION = "not compile and not export and not forms_no_tensor_over_edges and not in_rounds"
+# Every case runs in float64, where gradients are compared with the reference's. These kernels differ in other dtypes
+# by a conversion only, and in these tests by what their launchers do before.
 ATTENTION = (
-    "not ((float32 or float16 or bfloat16) and not (two-layers or far-from-origin))"
+    "not gradcheck and not ((float32 or float16 or bfloat16) and not (two-layers or far-from-origin))"
     " and not ((noncontiguous or modifies_nothing) and not two-layers)"
     # On the CPU, torch's products per point may depend on it.
     " and not same_bits_for_any_thread_count"
