@@ -92,6 +92,8 @@ def library_usage(library: Path = LIBRARY) -> dict[int, dict[str, Usage]]:
     names = demangled([row[1] for row in rows])
     for (capability, symbol, registers, stack, shared, _), name in zip(rows, names, strict=True):
         counts = code[capability, symbol]
+        # From sm_90 on, the kilobyte that the system takes of each block is counted in where there is any.
+        shared -= 1024 if capability >= 90 and shared >= 1024 else 0
         usages.setdefault(capability, {})[name] = Usage(registers, shared, stack, *counts)
     return usages
 
@@ -142,7 +144,10 @@ def record_launches(library: Path) -> list[dict]:
 
     import avatar_ops
     from avatar_ops._library import TRITON_KERNELS
+    from avatar_ops.triton import modulated_conv2d
 
+    # Tiles depend on how many multiprocessors are to be kept busy: here those of an H100.
+    modulated_conv2d.processors = lambda device: 132
     torch.ops.load_library(library)
     for name, launcher in TRITON_KERNELS.items():
         torch.library.impl(f"avatar_ops::{name}", "CPU", launcher)
@@ -229,11 +234,13 @@ def tables(data: dict) -> str:
             f"| {call['op']}: {call['name']} | {call['bytes'] / 1e6:.1f} MB | "
             f"{call['gathered_bytes'] / 1e6:.0f} MB | {call['flops'] / 1e9:.1f} G | {times} |"
         )
-    head = "| kernel | launch | " + " | ".join(f"sm_{c} registers | shared | occupancy" for c in CAPABILITIES)
+    head = "| op | kernel | launch | " + " | ".join(
+        f"sm_{c} registers | shared | occupancy" for c in CAPABILITIES
+    )
     lines += [
         "",
         head + " | 128-bit | matrix |",
-        "|---|---|" + "---:|---:|---:|" * len(CAPABILITIES) + "---:|---:|",
+        "|---|---|---|" + "---:|---:|---:|" * len(CAPABILITIES) + "---:|---:|",
     ]
     seen = set()
     for call in data["calls"]:
@@ -247,7 +254,7 @@ def tables(data: dict) -> str:
                 shared = usage.shared_bytes + launch["dynamic_bytes"]
                 cells.append(f"{usage.registers} | {shared} | {share:.0%}")
             row = (
-                f"| {launch['kernel']} | {grid} of {block} | {' | '.join(cells)} | "
+                f"| {call['op']} | {launch['kernel']} | {grid} of {block} | {' | '.join(cells)} | "
                 f"{usage.wide_accesses} | {usage.matrix_instructions} |"
             )
             if row not in seen:
