@@ -361,8 +361,8 @@ def block_of(op: str, widths: list[int]) -> int:
 def tile_options(k: int, block: int, dtype: torch.dtype, edges=EDGES) -> dict[str, int]:
     """Launch options of a kernel on rows of k edges, such that a tile's numbers fit into registers.
 
-    Loops are not pipelined (num_stages): some read what the step before has written. Without a number of registers
-    asked for (maxnreg), ptxas may spill a few to have more programs resident.
+    Loops are not pipelined (num_stages): some read what the step before has written. Unless it may
+    have all registers (maxnreg), ptxas spills a few here and there to have more programs resident.
     """
     count = edges[dtype][block]
     slots = min(power_of_two(k), MOST_SLOTS, count)
@@ -374,13 +374,13 @@ def tile_options(k: int, block: int, dtype: torch.dtype, edges=EDGES) -> dict[st
         "STEP": 32,
         "num_warps": 4 if block <= 16 else 8,
         "num_stages": 1,
-        "maxnreg": 160 if block <= 16 and dtype != torch.float64 else 255,
+        "maxnreg": 255,
     }
 
 
 def weight_gradient_options(k: int, block: int, layers: PositionLayers) -> dict[str, int]:
     options = tile_options(k, block, layers.bias.dtype, WEIGHT_GRADIENT_EDGES)
-    return options | {"STEP": 16, "CODE": layers.code_weight.shape[0], "maxnreg": 255}
+    return options | {"STEP": 16, "CODE": layers.code_weight.shape[0]}
 
 
 def new_scratch(like: Tensor, programs: int, options: dict[str, int]) -> Tensor:

@@ -9,7 +9,8 @@ constexpr int kThreads = 256;
 // Packs that a thread takes, one after another.
 constexpr int kPasses = 4;
 
-// Rows of packs in tiles, one a block: `lanes` threads side by side, and as many rows as there are threads for.
+// Rows of packs in tiles, one a block: `lanes` threads side by side, and as many rows as there are threads
+// for.
 struct Tiles {
   int64_t rows, packs, chunks;  // a row of `packs` in so many tiles
   int lanes;                    // a power of two
