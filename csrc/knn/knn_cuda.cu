@@ -183,8 +183,10 @@ __global__ void __launch_bounds__(kFeatureWarps* kWarpSize, 2) knn_feature_kerne
     const int64_t row = rows[warp * kFeatureQueries + i];
     return (cloud * args.num_queries + (row < 0 ? 0 : row)) * args.k;
   };
+  // Without a query there is no memory of its own to look at.
   const auto list_of = [&](int i) {
-    return List(args.distances + output(i), args.indices + output(i), args.k);
+    const bool exists = rows[warp * kFeatureQueries + i] >= 0;
+    return List(args.distances + output(i), args.indices + output(i), exists ? args.k : 0);
   };
   List lists[kFeatureQueries] = {list_of(0), list_of(1), list_of(2), list_of(3)};
   static_assert(kFeatureQueries == 4, "one list each");

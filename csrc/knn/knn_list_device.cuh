@@ -61,13 +61,14 @@ class RegisterList {
   uint32_t row_, worst_row_;
 };
 
-// Any number of neighbours, kept where they are to be stored; "missing" everywhere before.
+// Any number of neighbours, kept where they are to be stored; "missing" everywhere before. With none, it
+// touches no memory, and nothing may be inserted.
 template <typename A>
 class MemoryList {
  public:
   __device__ MemoryList(A* distances, int64_t* indices, int64_t k)
-      : k_(k), distances_(distances), indices_(indices) {
-    find_worst();
+      : k_(k), distances_(distances), indices_(indices), worst_distance_(0), worst_row_(0) {
+    if (k > 0) find_worst();
   }
   __device__ A worst_distance() const { return worst_distance_; }
   __device__ uint32_t worst_row() const { return worst_row_; }
