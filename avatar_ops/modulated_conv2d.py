@@ -32,6 +32,12 @@ define(
     "modulated_conv2d_epilogue(Tensor(a!) convolution, Tensor(b!)? output, Tensor? scale, Tensor? noise, "
     "Tensor? bias, float slope, float gain, float? clamp) -> ()"
 )
+# float32 3x3 convolution and epilogue in one, on the CPU; y and demodulated are written.
+define(
+    "modulated_conv2d_winograd(Tensor x, Tensor weight, Tensor styles, Tensor? scale, Tensor? noise, "
+    "Tensor? bias, Tensor(a!) y, Tensor(b!)? demodulated, int padding, float slope, float gain, float? clamp) "
+    "-> ()"
+)
 
 
 def modulated_conv2d(
@@ -281,6 +287,15 @@ def _pixel_products(a: Tensor, b: Tensor) -> Tensor:
     return (a.flatten(2).unsqueeze(2) @ b.flatten(2).unsqueeze(3)).flatten(1)
 
 
+def _winograd_pays(x: Tensor, weight: Tensor, up: int, down: int, size: tuple[int, int]) -> bool:
+    """Whether Winograd's form is the faster one: a 3x3 convolution of float32 that fills its tiles, on a CPU."""
+    if x.device.type != "cpu" or x.dtype != torch.float32 or weight.shape[2] != 3 or up * down != 1:
+        return False
+    batch, channels, outputs = x.shape[0], weight.shape[1], weight.shape[0]
+    tiles = batch * -(-size[0] // 4) * -(-size[1] // 4)
+    return min(channels, outputs) >= 16 and tiles >= 16 and batch * size[0] * size[1] >= 8 * tiles
+
+
 # float16 and bfloat16 are widened on the way into the convolution, so nothing overflows between the
 # modulation and the demodulation.
 def composed(
@@ -289,12 +304,21 @@ def composed(
     """The op as torch's convolution between the scalings, and the native epilogue; float64's on a GPU too."""
     dtype = _accumulate_dtype(x.dtype)
     weight, styles = weight.to(dtype).contiguous(), styles.to(dtype)
-    z = _convolve(x.contiguous() * _per_channel(styles), weight, f, up, down, padding).contiguous()
     scale = _energy(weight, styles, eps).rsqrt() if demodulate else None
+    size = output_size(x.shape[2:], weight.shape[2], 0 if f is None else f.shape[0], padding, up, down)
     if noise is not None:
-        noise = noise.to(dtype).expand(-1, -1, *z.shape[2:]).contiguous()
+        noise = noise.to(dtype).expand(-1, -1, *size).contiguous()
     if bias is not None:
         bias = bias.to(dtype).contiguous()
+    if _winograd_pays(x, weight, up, down, size):
+        y = x.new_empty(x.shape[0], weight.shape[0], *size)
+        demodulated = torch.empty_like(y) if keep else None
+        torch.ops.avatar_ops.modulated_conv2d_winograd(
+            x.contiguous(), weight, styles.contiguous(), scale, noise, bias, y, demodulated, padding, slope, gain,
+            clamp,
+        )  # fmt: skip
+        return y, demodulated if keep else x.new_empty(0)
+    z = _convolve(x.contiguous() * _per_channel(styles), weight, f, up, down, padding).contiguous()
     y = torch.empty_like(z) if keep else None
     torch.ops.avatar_ops.modulated_conv2d_epilogue(z, y, scale, noise, bias, slope, gain, clamp)
     if keep:
@@ -317,6 +341,11 @@ def _(
 
 @torch.library.register_fake("avatar_ops::modulated_conv2d_epilogue")
 def _(convolution, output, scale, noise, bias, slope, gain, clamp):
+    return None
+
+
+@torch.library.register_fake("avatar_ops::modulated_conv2d_winograd")
+def _(x, weight, styles, scale, noise, bias, y, demodulated, padding, slope, gain, clamp):
     return None
 
 

@@ -94,7 +94,8 @@ inline void copy_line(const float* row, int64_t width, int64_t start, int64_t le
   for (; i < last; ++i) line[i] = source[i] * style;
 }
 
-// parts[i][j][t] for the tiles of a segment: row i of the tiles transformed vertically, column j of the window.
+// parts[i][j][t] for the tiles of a segment: row i of the tiles transformed vertically, column j of the
+// window.
 void transform_segment(const WinogradConv2d& args, const Segment& segment, int64_t channel,
                        float (*lines)[kLine], float (*parts)[kWindow][kPanel]) {
   const int64_t top = segment.row * kTile - args.padding, left = segment.column * kTile - args.padding;
@@ -113,7 +114,7 @@ void transform_segment(const WinogradConv2d& args, const Segment& segment, int64
   }
   for (int64_t i = 0; i < kWindow; ++i) {
     const float* __restrict__ line = lines[i];
-    float(*__restrict__ part)[kPanel] = parts[i];
+    float (*__restrict__ part)[kPanel] = parts[i];
     for (int64_t t = 0; t < segment.count; ++t) {
       for (int64_t j = 0; j < kTile; ++j) part[j][segment.begin + t] = line[t * kTile + j];
     }
@@ -148,11 +149,13 @@ inline void product(int64_t depth, const float* weights, const float* input, flo
 // products (kWinogradOutputs, kWinogradProducts, kPanel)
 template <int kVectors>
 void multiply(const WinogradConv2d& args, const float* weights, const float* transformed, float* products) {
-  const int64_t depth = (args.channels + 1) / 2 * 2, stride = winograd_input_stride(args.channels, kPanel);
+  const int64_t weight_stride = winograd_weight_stride(args.channels);
+  const int64_t input_stride = winograd_input_stride(args.channels, kPanel);
   for (int64_t n = 0; n < kWinogradProducts; ++n) {
     for (int64_t o = 0; o < kWinogradOutputs; o += kRows) {
-      product<kVectors>(args.channels, weights + (n * kWinogradOutputs + o) * depth, transformed + n * stride,
-                        products + (o * kWinogradProducts + n) * kPanel, kWinogradProducts * kPanel);
+      product<kVectors>(args.channels, weights + n * weight_stride + o * winograd_depth(args.channels),
+                        transformed + n * input_stride, products + (o * kWinogradProducts + n) * kPanel,
+                        kWinogradProducts * kPanel);
     }
   }
 }
@@ -184,16 +187,12 @@ void finish_segment(const WinogradConv2d& args, const Segment& segment, int64_t 
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t pixel = (top + r) * args.out_width + left;
     const int64_t target = image * args.out_height * args.out_width + pixel;
-    bias_act_row(BiasActRow<float>{lines[r] + segment.begin * kTile,
-                                   args.noise ? args.noise + segment.sample * args.noise_stride + pixel : nullptr,
-                                   args.y + target,
-                                   args.demodulated ? args.demodulated + target : nullptr,
-                                   args.scale ? args.scale[image] : 1.f,
-                                   args.bias ? args.bias[output] : 0.f,
-                                   args.slope,
-                                   args.gain,
-                                   args.clamp,
-                                   std::min(segment.count * kTile, args.out_width - left)});
+    bias_act_row(BiasActRow<float>{
+        lines[r] + segment.begin * kTile,
+        args.noise ? args.noise + segment.sample * args.noise_stride + pixel : nullptr, args.y + target,
+        args.demodulated ? args.demodulated + target : nullptr, args.scale ? args.scale[image] : 1.f,
+        args.bias ? args.bias[output] : 0.f, args.slope, args.gain, args.clamp,
+        std::min(segment.count * kTile, args.out_width - left)});
   }
 }
 
@@ -205,7 +204,7 @@ int64_t winograd_panel() {
 
 // Layout: (kWinogradProducts, kWinogradOutputs / kRows, channels, kRows).
 void winograd_weights(const WinogradConv2d& args, int64_t output, float* transformed) {
-  const int64_t depth = (args.channels + 1) / 2 * 2;
+  const int64_t depth = winograd_depth(args.channels), stride = winograd_weight_stride(args.channels);
   for (int64_t o = 0; o < kWinogradOutputs; o += kRows) {
     for (int64_t c = 0; c < depth; c += kWeightChannels) {
       float filters[9][kLanes] = {};
@@ -221,7 +220,7 @@ void winograd_weights(const WinogradConv2d& args, int64_t output, float* transfo
       for (int64_t i = 0; i < kWindow; ++i) {
         transform_weight(columns + i * 3, 1, w, 1);
         for (int64_t j = 0; j < kWindow; ++j) {
-          store(transformed + (i * kWindow + j) * kWinogradOutputs * depth + o * depth + c * kRows, w[j]);
+          store(transformed + (i * kWindow + j) * stride + o * depth + c * kRows, w[j]);
         }
       }
     }

@@ -13,47 +13,53 @@ namespace avatar {
 
 constexpr int64_t kWinogradTile = 4;       // outputs of a tile in each direction
 constexpr int64_t kWinogradProducts = 36;  // elements of a transformed tile
-// Outputs are transformed in blocks of this many; the weights hold a multiple of it.
+// Output channels are worked on in blocks of this many; filters that are missing in the last are 0.
 constexpr int64_t kWinogradOutputs = 32;
 
 // Tiles are counted through samples, rows and columns, and worked on in panels of winograd_panel() tiles.
 struct WinogradConv2d {
-  const float* x;       // (batch, channels, height, width)
-  const float* weight;  // (outputs, channels, 3, 3)
-  const float* styles;  // (batch, channels)
-  const float* scale;   // (batch, outputs), null for none
-  const float* noise;   // (1 or batch, 1, out_height, out_width), null for none
-  const float* bias;    // (outputs), null for none
-  float* y;             // (batch, outputs, out_height, out_width)
-  float* demodulated;   // the same before noise and bias, null where not wanted
+  const float* x;        // (batch, channels, height, width)
+  const float* weight;   // (outputs, channels, 3, 3)
+  const float* styles;   // (batch, channels)
+  const float* scale;    // (batch, outputs), null for none
+  const float* noise;    // (1 or batch, 1, out_height, out_width), null for none
+  const float* bias;     // (outputs), null for none
+  float* y;              // (batch, outputs, out_height, out_width)
+  float* demodulated;    // the same before noise and bias, null where not wanted
   int64_t noise_stride;  // from one sample to the next
   int64_t batch, channels, height, width, outputs, out_height, out_width, padding;
   int64_t tile_rows, tile_columns;
   float slope, gain, clamp;
 };
 
-// Elements of the transformed weights of `outputs` filters, a multiple of kWinogradOutputs.
-inline int64_t winograd_weight_size(int64_t outputs, int64_t channels) {
-  return kWinogradProducts * outputs * ((channels + 1) / 2 * 2);
+// Input channels of the transformed weights; one that is added is 0.
+inline int64_t winograd_depth(int64_t channels) {
+  return (channels + 1) / 2 * 2;
 }
 
-// Elements of the transformed input of one panel. What is added keeps the 36 parts apart in the cache.
+// Elements of each of the 36 parts of kWinogradOutputs transformed filters, and of the transformed input of
+// one panel. What is added to both keeps the parts from each other's place in the cache.
+inline int64_t winograd_weight_stride(int64_t channels) {
+  return kWinogradOutputs * winograd_depth(channels) + 16;
+}
+
 inline int64_t winograd_input_stride(int64_t channels, int64_t panel) {
   return channels * panel + 16;
 }
 
-// winograd_weights transforms kWinogradOutputs filters from `output` on.
+// winograd_weights transforms kWinogradOutputs filters from `output` on, into kWinogradProducts *
+// winograd_weight_stride elements.
 // winograd_input transforms the panel of tiles that starts at `tile`, into `transformed`, of
 // kWinogradProducts * winograd_input_stride elements.
 // winograd_output computes kWinogradOutputs channels from `output` on of that panel from what those two made;
 // `products` is working memory of kWinogradProducts * kWinogradOutputs * panel elements.
-#define AVATAR_DECLARE(ISA)                                                                                 \
-  namespace ISA {                                                                                           \
-  int64_t winograd_panel();                                                                                 \
-  void winograd_weights(const WinogradConv2d& args, int64_t output, float* transformed);                    \
-  void winograd_input(const WinogradConv2d& args, int64_t tile, float* transformed);                        \
-  void winograd_output(const WinogradConv2d& args, int64_t tile, int64_t output, const float* weights,      \
-                       const float* transformed, float* products);                                          \
+#define AVATAR_DECLARE(ISA)                                                                            \
+  namespace ISA {                                                                                      \
+  int64_t winograd_panel();                                                                            \
+  void winograd_weights(const WinogradConv2d& args, int64_t output, float* transformed);               \
+  void winograd_input(const WinogradConv2d& args, int64_t tile, float* transformed);                   \
+  void winograd_output(const WinogradConv2d& args, int64_t tile, int64_t output, const float* weights, \
+                       const float* transformed, float* products);                                     \
   }
 AVATAR_FOR_EACH_ISA(AVATAR_DECLARE)
 #undef AVATAR_DECLARE

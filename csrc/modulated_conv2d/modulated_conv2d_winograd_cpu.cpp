@@ -1,0 +1,117 @@
+#include <algorithm>
+#include <atomic>
+#include <limits>
+
+#include "common/tensor.h"
+#include "modulated_conv2d/modulated_conv2d_winograd_simd.h"
+
+namespace avatar {
+namespace {
+
+// Transformed weights that are held at a time. Larger blocks of memory come fresh from the system at every
+// call, and their page faults take longer than the transform.
+constexpr int64_t kMostWeights = (int64_t{24} << 20) / sizeof(float);
+// Panels that pass over the weights together, where there are enough of them for every thread.
+constexpr int64_t kTaskPanels = 2;
+
+int64_t divide_up(int64_t value, int64_t unit) {
+  return (value + unit - 1) / unit;
+}
+
+// Tasks are blocks of panels times blocks of outputs. Each transforms the input that it needs in memory of
+// its worker; no sum depends on how the work is cut.
+void convolve(const WinogradConv2d& args, const Tensor& memory_like) {
+  const int64_t panel = AVATAR_ISA_CALL(winograd_panel);
+  const int64_t panels = divide_up(args.batch * args.tile_rows * args.tile_columns, panel);
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t task_panels = panels < 2 * kTaskPanels * threads ? 1 : kTaskPanels;
+  const int64_t panel_blocks = divide_up(panels, task_panels);
+  const int64_t blocks = divide_up(args.outputs, kWinogradOutputs);
+  const int64_t weight_size = kWinogradProducts * winograd_weight_stride(args.channels);
+  const int64_t rounds = divide_up(blocks, std::max<int64_t>(1, kMostWeights / weight_size));
+  const int64_t round_blocks = divide_up(blocks, rounds);
+
+  const int64_t input_size = kWinogradProducts * winograd_input_stride(args.channels, panel);
+  const int64_t product_size = kWinogradProducts * kWinogradOutputs * panel;
+  const int64_t worker_size = task_panels * input_size + product_size;
+  Tensor weights = torch::stable::new_empty(memory_like, {round_blocks * weight_size});
+  Tensor scratch = torch::stable::new_empty(memory_like, {threads * worker_size});
+  float* transformed_weights = mutable_data<float>(weights);
+
+  for (int64_t first = 0; first < blocks; first += round_blocks) {
+    const int64_t count = std::min(round_blocks, blocks - first);
+    torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t block = begin; block < end; ++block) {
+        AVATAR_ISA_CALL(winograd_weights, args, (first + block) * kWinogradOutputs,
+                        transformed_weights + block * weight_size);
+      }
+    });
+    const int64_t splits = std::min(count, divide_up(2 * threads, panel_blocks));
+    const int64_t split_blocks = divide_up(count, splits);
+    const auto run = [&](int64_t task, float* inputs) {
+      const int64_t first_panel = task / splits * task_panels;
+      const int64_t last_panel = std::min(panels, first_panel + task_panels);
+      const int64_t begin = task % splits * split_blocks, end = std::min(count, begin + split_blocks);
+      if (begin >= end) return;
+      for (int64_t p = first_panel; p < last_panel; ++p) {
+        AVATAR_ISA_CALL(winograd_input, args, p * panel, inputs + (p - first_panel) * input_size);
+      }
+      for (int64_t block = begin; block < end; ++block) {
+        for (int64_t p = first_panel; p < last_panel; ++p) {
+          AVATAR_ISA_CALL(winograd_output, args, p * panel, (first + block) * kWinogradOutputs,
+                          transformed_weights + block * weight_size, inputs + (p - first_panel) * input_size,
+                          inputs + task_panels * input_size);
+        }
+      }
+    };
+    std::atomic<int64_t> next{0};
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t worker, int64_t) {
+      float* memory = mutable_data<float>(scratch) + worker * worker_size;
+      for (int64_t task = next++; task < panel_blocks * splits; task = next++) run(task, memory);
+    });
+  }
+}
+
+// The modulated 3x3 convolution of float32 images x (B, I, H, W), contiguous as all that is given: y, and
+// what it is before noise, bias and activation to `demodulated` if given, (B, O, H + 2 padding - 2, ...).
+void modulated_conv2d_winograd_cpu(const Tensor& x, const Tensor& weight, const Tensor& styles,
+                                   const std::optional<Tensor>& scale, const std::optional<Tensor>& noise,
+                                   const std::optional<Tensor>& bias, Tensor y,
+                                   std::optional<Tensor> demodulated, int64_t padding, double slope,
+                                   double gain, std::optional<double> clamp) {
+  const auto data = [](const std::optional<Tensor>& tensor) {
+    return tensor ? const_data<float>(*tensor) : nullptr;
+  };
+  const int64_t height = y.size(2), width = y.size(3);
+  convolve({const_data<float>(x),
+            const_data<float>(weight),
+            const_data<float>(styles),
+            data(scale),
+            data(noise),
+            data(bias),
+            mutable_data<float>(y),
+            demodulated ? mutable_data<float>(*demodulated) : nullptr,
+            noise && noise->size(0) > 1 ? height * width : 0,
+            x.size(0),
+            x.size(1),
+            x.size(2),
+            x.size(3),
+            y.size(1),
+            height,
+            width,
+            padding,
+            divide_up(height, kWinogradTile),
+            divide_up(width, kWinogradTile),
+            static_cast<float>(slope),
+            static_cast<float>(gain),
+            clamp ? static_cast<float>(*clamp) : std::numeric_limits<float>::infinity()},
+           x);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(avatar_ops, CPU, m) {
+  m.impl("modulated_conv2d_winograd", TORCH_BOX(&modulated_conv2d_winograd_cpu));
+}
+
+}  // namespace avatar
