@@ -118,6 +118,8 @@ CASES = [
     _case("down-point", down=2, kernel=1, taps=(2,)),
     _case("plain", noise=(2, 1, 9, 8), activation="lrelu"),
     _case("plain-small-gain", noise=(9, 1), activation="lrelu", gain=0.5, clamp=0.4),
+    # Enough channels and pixels for Winograd's form, none of them a multiple of anything.
+    _case("plain-tiles", shape=(2, 17, 19, 18), channels=35, noise=(2, 1, 19, 18), activation="lrelu"),
     _case("plain-linear", noise=(), gain=2.0, eps=0.3),
     _case("plain-unpadded", kernel=5, padding=0, bias=False),
     _case("rgb", kernel=1, channels=3, demodulate=False, clamp=2.0),

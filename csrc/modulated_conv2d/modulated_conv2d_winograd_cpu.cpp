@@ -11,8 +11,10 @@ namespace {
 // Transformed weights that are held at a time. Larger blocks of memory come fresh from the system at every
 // call, and their page faults take longer than the transform.
 constexpr int64_t kMostWeights = (int64_t{24} << 20) / sizeof(float);
-// Panels that pass over the weights together, where there are enough of them for every thread.
+// Panels that pass over the weights together, where there are enough of them for every thread and their
+// transformed input stays this small.
 constexpr int64_t kTaskPanels = 2;
+constexpr int64_t kMostInput = (int64_t{4} << 20) / sizeof(float);
 
 int64_t divide_up(int64_t value, int64_t unit) {
   return (value + unit - 1) / unit;
@@ -23,19 +25,23 @@ int64_t divide_up(int64_t value, int64_t unit) {
 void convolve(const WinogradConv2d& args, const Tensor& memory_like) {
   const int64_t panel = AVATAR_ISA_CALL(winograd_panel);
   const int64_t panels = divide_up(args.batch * args.tile_rows * args.tile_columns, panel);
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t task_panels = panels < 2 * kTaskPanels * threads ? 1 : kTaskPanels;
-  const int64_t panel_blocks = divide_up(panels, task_panels);
   const int64_t blocks = divide_up(args.outputs, kWinogradOutputs);
+  if (panels * blocks == 0) return;
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t input_size = kWinogradProducts * winograd_input_stride(args.channels, panel);
+  const bool plenty = panels >= 2 * kTaskPanels * threads && kTaskPanels * input_size <= kMostInput;
+  const int64_t task_panels = plenty ? kTaskPanels : 1;
+  const int64_t panel_blocks = divide_up(panels, task_panels);
   const int64_t weight_size = kWinogradProducts * winograd_weight_stride(args.channels);
   const int64_t rounds = divide_up(blocks, std::max<int64_t>(1, kMostWeights / weight_size));
   const int64_t round_blocks = divide_up(blocks, rounds);
+  const int64_t splits = std::min(round_blocks, divide_up(2 * threads, panel_blocks));
+  const int64_t tasks = panel_blocks * splits, workers = std::min(threads, tasks);
 
-  const int64_t input_size = kWinogradProducts * winograd_input_stride(args.channels, panel);
   const int64_t product_size = kWinogradProducts * kWinogradOutputs * panel;
   const int64_t worker_size = task_panels * input_size + product_size;
   Tensor weights = torch::stable::new_empty(memory_like, {round_blocks * weight_size});
-  Tensor scratch = torch::stable::new_empty(memory_like, {threads * worker_size});
+  Tensor scratch = torch::stable::new_empty(memory_like, {workers * worker_size});
   float* transformed_weights = mutable_data<float>(weights);
 
   for (int64_t first = 0; first < blocks; first += round_blocks) {
@@ -46,7 +52,6 @@ void convolve(const WinogradConv2d& args, const Tensor& memory_like) {
                         transformed_weights + block * weight_size);
       }
     });
-    const int64_t splits = std::min(count, divide_up(2 * threads, panel_blocks));
     const int64_t split_blocks = divide_up(count, splits);
     const auto run = [&](int64_t task, float* inputs) {
       const int64_t first_panel = task / splits * task_panels;
@@ -65,9 +70,9 @@ void convolve(const WinogradConv2d& args, const Tensor& memory_like) {
       }
     };
     std::atomic<int64_t> next{0};
-    torch::stable::parallel_for(0, threads, 1, [&](int64_t worker, int64_t) {
+    torch::stable::parallel_for(0, workers, 1, [&](int64_t worker, int64_t) {
       float* memory = mutable_data<float>(scratch) + worker * worker_size;
-      for (int64_t task = next++; task < panel_blocks * splits; task = next++) run(task, memory);
+      for (int64_t task = next++; task < tasks; task = next++) run(task, memory);
     });
   }
 }

@@ -72,13 +72,15 @@ def test_third_derivative_exists():
     assert value.isfinite()
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_forms_no_weight_per_sample(mode):
+@pytest.mark.parametrize(
+    ("mode", "batch", "outputs", "size"), [*((mode, 10, 24, 4) for mode in MODES), ("plain", 40, 32, 8)]
+)
+def test_forms_no_weight_per_sample(mode, batch, outputs, size):
     """Neither the forward pass nor first and second derivatives hold anything of size (B, O, I, k, k)."""
-    batch, channels, outputs, kernel = 10, 96, 24, 3
+    channels, kernel = 96, 3
     # Above the weight counted in bytes, which is what triton's interpreter moves.
     limit = batch * outputs * channels * kernel**2
-    leaves = [t.requires_grad_() for t in inputs(batch, channels, outputs, 4, kernel, torch.float32)]
+    leaves = [t.requires_grad_() for t in inputs(batch, channels, outputs, size, kernel, torch.float32)]
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True, profile_memory=True) as recorded:
         y = avatar_ops.modulated_conv2d(*leaves, activation="lrelu", **MODES[mode])
         first = torch.autograd.grad(y.square().sum(), leaves, create_graph=True)
@@ -132,6 +134,84 @@ def test_gradients_through_bfloat16_images(mode, monkeypatch):
     for a, e, x in zip(actual, eager, exact, strict=True):
         assert a.dtype == torch.bfloat16
         assert (a - x).norm() <= 2 * (e - x).norm() + 0.01 * x.norm()
+
+
+def assert_accurate(actual, expected):
+    assert (actual.double() - expected).norm() <= 4e-6 * expected.norm()
+
+
+def image_layer(batch, channels, outputs, height, width):
+    _, weight, styles = inputs(batch, channels, outputs, 1, dtype=torch.float32)
+    return torch.randn(batch, channels, height, width), weight, styles
+
+
+@pytest.mark.parametrize("padding", [0, 1, 2, 5])
+@pytest.mark.parametrize(
+    "shape", [(2, 32, 64, 16, 16), (1, 33, 37, 29, 31), (3, 16, 50, 13, 40), (7, 512, 16, 12, 12)], ids=str
+)
+def test_winograd_keeps_the_accuracy_bound(shape, padding, isa):
+    x, weight, styles = image_layer(*shape)
+    batch, _, outputs, height, width = shape
+    size = (height + 2 * padding - 2, width + 2 * padding - 2)
+    assert modulated_conv2d._winograd_pays(x, weight, 1, 1, size)
+    bias = torch.randn(outputs)
+    for options in (
+        {"noise": torch.randn(batch, 1, *size), "bias": bias, "activation": "lrelu"},
+        {"noise": torch.randn(size), "activation": "lrelu", "clamp": 0.5, "gain": 0.7},
+        {"bias": bias, "demodulate": False},
+    ):
+        wide = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+        actual = avatar_ops.modulated_conv2d(x, weight, styles, padding=padding, **options)
+        expected = reference.modulated_conv2d(
+            x.double(), weight.double(), styles.double(), padding=padding, **wide
+        )
+        assert_accurate(actual, expected)
+
+
+def test_winograd_takes_images_of_one_row_and_empty_batches(isa):
+    weight = torch.randn(16, 16, 3, 3)
+    for shape in ((1, 16, 1, 1), (2, 16, 1, 90), (2, 16, 90, 1), (0, 16, 8, 8)):
+        x, styles = torch.randn(shape), torch.randn(shape[:2])
+        y = torch.full((shape[0], 16, *shape[2:]), torch.nan)
+        torch.ops.avatar_ops.modulated_conv2d_winograd(
+            x, weight, styles, None, None, None, y, None, 1, 1.0, 1.0, None
+        )
+        exact = reference.modulated_conv2d(x.double(), weight.double(), styles.double(), demodulate=False)
+        torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("padding", [0, 1, 2])
+def test_derivatives_through_winograd_keep_the_accuracy_bound(padding):
+    """First and second derivatives, of which the gradient of images is a convolution of that form too."""
+
+    def derivatives(function, dtype):
+        torch.manual_seed(0)
+        leaves = [t.to(dtype).requires_grad_() for t in image_layer(3, 18, 17, 20, 22)]
+        bias = torch.randn(17).to(dtype).requires_grad_()
+        y = function(*leaves, bias=bias, activation="lrelu", padding=padding)
+        leaves.append(bias)
+        first = torch.autograd.grad((y * torch.randn(y.shape)).sum(), leaves, create_graph=True)
+        second = torch.autograd.grad(first[0].square().sum() + first[1].square().sum(), leaves[:3])
+        return [y, *first, *second]
+
+    expected = derivatives(reference.modulated_conv2d, torch.float64)
+    for a, e in zip(derivatives(avatar_ops.modulated_conv2d, torch.float32), expected, strict=True):
+        assert_accurate(a, e)
+
+
+def test_winograd_gives_the_same_bits_for_any_thread_count(isa):
+    """Also where the work is cut between outputs, and where the weights come in several rounds."""
+    before = torch.get_num_threads()
+    try:
+        for shape in ((2, 40, 130, 30, 30), (1, 512, 520, 16, 16)):
+            tensors = image_layer(*shape)
+            results = []
+            for threads in (1, 2, 5):
+                torch.set_num_threads(threads)
+                results.append(avatar_ops.modulated_conv2d(*tensors))
+            assert all(torch.equal(result, results[0]) for result in results)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_inference_keeps_nothing():
