@@ -38,6 +38,8 @@ define(
     "Tensor? bias, Tensor(a!) y, Tensor(b!)? demodulated, int padding, float slope, float gain, float? clamp) "
     "-> ()"
 )
+# The gradient in weight of that convolution, from the gradient of its result; x is modulated.
+define("modulated_conv2d_winograd_weight(Tensor grad, Tensor x, int padding) -> Tensor")
 
 
 def modulated_conv2d(
@@ -284,15 +286,24 @@ def _convolve_backward(
             grad_f = filter_gradient(grad_z, x, f, 1, 1, sides, False, 1.0)
         grad_x = transposed(grad_z, f, x.shape[2:], 1, 1, sides, False, 1.0) if need_x else None
         return grad_x, grad_weight, grad_f
-    transposed_weight = _transposed_weight(weight)
-    if not (need_x and padding <= 2 and _winograd_pays(grad, transposed_weight, 1, 1, x.shape[2:])):
+    if padding > 2 or not _winograd_pays(grad, _transposed_weight(weight), 1, 1, x.shape[2:]):
         return *convolution_backward(grad, x, weight, 1, padding, False, need_x), None
-    # This gradient is a 3x3 convolution itself.
-    ones = grad.new_ones(grad.shape[:2])
-    grad_x, _ = torch.ops.avatar_ops.modulated_conv2d(
-        grad, transposed_weight, ones, None, None, None, False, 1, 1, 2 - padding, 1.0, 1.0, None, 0.0, False
+    grad_x = _shared_convolution(grad, _transposed_weight(weight), 2 - padding) if need_x else None
+    grad_weight = None
+    if need_weight:
+        grad_weight = torch.ops.avatar_ops.modulated_conv2d_winograd_weight(
+            grad.contiguous(), x.contiguous(), padding
+        )
+    return grad_x, grad_weight, None
+
+
+def _shared_convolution(x: Tensor, weight: Tensor, padding: int) -> Tensor:
+    """conv2d, differentiable by the derivatives of this op."""
+    ones = x.new_ones(x.shape[:2])
+    y, _ = torch.ops.avatar_ops.modulated_conv2d(
+        x, weight, ones, None, None, None, False, 1, 1, padding, 1.0, 1.0, None, 0.0, False
     )
-    return grad_x, convolution_backward(grad, x, weight, 1, padding, False, False)[1], None
+    return y
 
 
 def _energy(weight: Tensor, styles: Tensor, eps: float) -> Tensor:
@@ -360,6 +371,30 @@ def _(convolution, output, scale, noise, bias, slope, gain, clamp):
 @torch.library.register_fake("avatar_ops::modulated_conv2d_winograd")
 def _(x, weight, styles, scale, noise, bias, y, demodulated, padding, slope, gain, clamp):
     return None
+
+
+@torch.library.register_fake("avatar_ops::modulated_conv2d_winograd_weight")
+def _(grad, x, padding):
+    return x.new_empty(grad.shape[1], x.shape[1], 3, 3)
+
+
+def _setup_weight_context(ctx, inputs, output):
+    grad, x, ctx.padding = inputs
+    ctx.save_for_backward(grad, x)
+
+
+def _weight_backward(ctx, grad_weight):
+    grad, x = ctx.saved_tensors
+    need_grad, need_x, _ = ctx.needs_input_grad
+    grad_grad = _shared_convolution(x, grad_weight, ctx.padding) if need_grad else None
+    if not need_x:
+        return grad_grad, None, None
+    return grad_grad, _shared_convolution(grad, _transposed_weight(grad_weight), 2 - ctx.padding), None
+
+
+torch.library.register_autograd(
+    "avatar_ops::modulated_conv2d_winograd_weight", _weight_backward, setup_context=_setup_weight_context
+)
 
 
 def _setup_context(ctx, inputs, output):

@@ -113,9 +113,67 @@ void modulated_conv2d_winograd_cpu(const Tensor& x, const Tensor& weight, const 
            x);
 }
 
+// The gradient (O, I, 3, 3) in weight of the convolution of x (B, I, H, W) from that of its output, float32
+// and contiguous. Blocks of panels follow each other; within one, work is cut between parts and outputs.
+Tensor modulated_conv2d_winograd_weight_cpu(const Tensor& grad, const Tensor& x, int64_t padding) {
+  WinogradConv2d args{};
+  args.x = const_data<float>(x);
+  args.y = const_cast<float*>(const_data<float>(grad));
+  args.batch = x.size(0);
+  args.channels = x.size(1);
+  args.height = x.size(2);
+  args.width = x.size(3);
+  args.outputs = grad.size(1);
+  args.out_height = grad.size(2);
+  args.out_width = grad.size(3);
+  args.padding = padding;
+  args.tile_rows = divide_up(args.out_height, kWinogradTile);
+  args.tile_columns = divide_up(args.out_width, kWinogradTile);
+  const int64_t panel = AVATAR_ISA_CALL(winograd_panel);
+  const int64_t panels = divide_up(args.batch * args.tile_rows * args.tile_columns, panel);
+  const int64_t input_size = kWinogradProducts * winograd_input_stride(args.channels, panel);
+  const int64_t gradient_size = kWinogradProducts * winograd_input_stride(args.outputs, panel);
+  const int64_t most = std::max<int64_t>(1, kMostWeights / (input_size + gradient_size));
+  const int64_t block_panels = std::min(panels, most), blocks = divide_up(args.outputs, kWinogradOutputs);
+  Tensor inputs = torch::stable::new_empty(x, {block_panels * input_size + kWinogradSlack});
+  Tensor gradients = torch::stable::new_empty(x, {block_panels * gradient_size + kWinogradSlack});
+  Tensor sums = torch::stable::new_empty(x, {kWinogradProducts * args.outputs, pad_channels(args.channels)});
+  Tensor result = torch::stable::new_empty(x, {args.outputs, args.channels, 3, 3});
+  float* transformed = mutable_data<float>(inputs);
+  float* transformed_gradient = mutable_data<float>(gradients);
+  for (int64_t first = 0; first < panels; first += block_panels) {
+    const int64_t count = std::min(block_panels, panels - first);
+    torch::stable::parallel_for(0, 2 * count, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t p = task / 2, tile = (first + p) * panel;
+        if (task % 2 == 0) {
+          AVATAR_ISA_CALL(winograd_input, args, tile, transformed + p * input_size);
+        } else {
+          AVATAR_ISA_CALL(winograd_gradient, args, tile, transformed_gradient + p * gradient_size);
+        }
+      }
+    });
+    torch::stable::parallel_for(0, kWinogradProducts * blocks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        AVATAR_ISA_CALL(winograd_weight_products, args, count, task / blocks,
+                        task % blocks * kWinogradOutputs, transformed, transformed_gradient, first > 0,
+                        mutable_data<float>(sums));
+      }
+    });
+  }
+  torch::stable::parallel_for(0, args.outputs, 8, [&](int64_t begin, int64_t end) {
+    for (int64_t output = begin; output < end; ++output) {
+      AVATAR_ISA_CALL(winograd_weight_gradient, args, output, const_data<float>(sums),
+                      mutable_data<float>(result));
+    }
+  });
+  return result;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(avatar_ops, CPU, m) {
+  m.impl("modulated_conv2d_winograd_weight", TORCH_BOX(&modulated_conv2d_winograd_weight_cpu));
   m.impl("modulated_conv2d_winograd", TORCH_BOX(&modulated_conv2d_winograd_cpu));
 }
 

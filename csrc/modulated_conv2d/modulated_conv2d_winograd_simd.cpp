@@ -62,6 +62,27 @@ inline void transform_output(const Floats* m, int64_t step, Floats* y, int64_t y
   y[3 * y_step] = difference_a * a3 + difference_b * b3 + m[5 * step];
 }
 
+// The transposes of transform_output and transform_weight, for gradients.
+template <typename Store>
+inline void transform_gradient(Floats y0, Floats y1, Floats y2, Floats y3, const Store& store_part) {
+  const Floats even_a = y0 + y2 * a2, odd_a = y1 * a + y3 * a3;
+  const Floats even_b = y0 + y2 * b2, odd_b = y1 * b + y3 * b3;
+  store_part(0, y0);
+  store_part(1, even_a + odd_a);
+  store_part(2, even_a - odd_a);
+  store_part(3, even_b + odd_b);
+  store_part(4, even_b - odd_b);
+  store_part(5, y3);
+}
+
+inline void transform_weight_gradient(const Floats* w, int64_t step, Floats* g, int64_t g_step) {
+  const Floats sum_a = (w[step] + w[2 * step]) * at_a, difference_a = (w[step] - w[2 * step]) * at_a;
+  const Floats sum_b = (w[3 * step] + w[4 * step]) * at_b, difference_b = (w[3 * step] - w[4 * step]) * at_b;
+  g[0] = w[0] + sum_a + sum_b;
+  g[g_step] = difference_a * a + difference_b * b;
+  g[2 * g_step] = sum_a * a2 + sum_b * b2 + w[5 * step];
+}
+
 // Tiles beside each other in one row of one sample.
 struct Segment {
   int64_t sample, row, column;  // of its first tile
@@ -81,6 +102,17 @@ int64_t find_segments(const WinogradConv2d& args, int64_t tile, Segment* segment
   return found;
 }
 
+inline float lane_sum(Floats value) {
+  typedef float Half __attribute__((vector_size(kVectorBytes / 2)));
+  Half low, high;
+  __builtin_memcpy(&low, &value, sizeof low);
+  __builtin_memcpy(&high, reinterpret_cast<const char*>(&value) + sizeof low, sizeof high);
+  low += high;
+  float sum = 0;
+  for (int64_t lane = 0; lane < kLanes / 2; ++lane) sum += low[lane];
+  return sum;
+}
+
 // Copies `length` pixels of a row of `width` from `start` on, times `style`; 0 outside.
 inline void copy_line(const float* row, int64_t width, int64_t start, int64_t length, float style,
                       float* line) {
@@ -94,23 +126,31 @@ inline void copy_line(const float* row, int64_t width, int64_t start, int64_t le
   for (; i < last; ++i) line[i] = source[i] * style;
 }
 
+// Transforms `kWidth` lines, and then columns, in the way of the input or of the gradient of the output.
+template <int64_t kWidth, typename Load, typename Store>
+inline void transform_window(const Load& load_part, const Store& store_part) {
+  if constexpr (kWidth == kWindow) {
+    transform_input(load_part(0), load_part(1), load_part(2), load_part(3), load_part(4), load_part(5),
+                    store_part);
+  } else {
+    transform_gradient(load_part(0), load_part(1), load_part(2), load_part(3), store_part);
+  }
+}
+
 // parts[i][j][t] for the tiles of a segment: row i of the tiles transformed vertically, column j of the
-// window.
-void transform_segment(const WinogradConv2d& args, const Segment& segment, int64_t channel,
-                       float (*lines)[kLine], float (*parts)[kWindow][kPanel]) {
-  const int64_t top = segment.row * kTile - args.padding, left = segment.column * kTile - args.padding;
-  const int64_t length = segment.count * kTile + 2;
-  const int64_t image = segment.sample * args.channels + channel;
-  const float* x = args.x + image * args.height * args.width;
-  for (int64_t i = 0; i < kWindow; ++i) {
-    const bool inside = top + i >= 0 && top + i < args.height;
-    copy_line(inside ? x + (top + i) * args.width : x, inside ? args.width : 0, left, length,
-              args.styles[image], lines[i]);
+// window, whose first pixel is (top, left) of `image` (height, width).
+template <int64_t kWidth>
+void transform_segment(const float* image, int64_t height, int64_t width, int64_t top, int64_t left,
+                       const Segment& segment, float style, float (*lines)[kLine],
+                       float (*parts)[kWindow][kPanel]) {
+  const int64_t length = segment.count * kTile + kWidth - kTile;
+  for (int64_t i = 0; i < kWidth; ++i) {
+    const bool inside = top + i >= 0 && top + i < height;
+    copy_line(inside ? image + (top + i) * width : image, inside ? width : 0, left, length, style, lines[i]);
   }
   for (int64_t p = 0; p < length; p += kLanes) {
-    transform_input(load(lines[0] + p), load(lines[1] + p), load(lines[2] + p), load(lines[3] + p),
-                    load(lines[4] + p), load(lines[5] + p),
-                    [&](int i, Floats value) { store(lines[i] + p, value); });
+    transform_window<kWidth>([&](int i) { return load(lines[i] + p); },
+                             [&](int i, Floats value) { store(lines[i] + p, value); });
   }
   for (int64_t i = 0; i < kWindow; ++i) {
     const float* __restrict__ line = lines[i];
@@ -119,7 +159,18 @@ void transform_segment(const WinogradConv2d& args, const Segment& segment, int64
       for (int64_t j = 0; j < kTile; ++j) part[j][segment.begin + t] = line[t * kTile + j];
     }
     for (int64_t t = 0; t < segment.count; ++t) {
-      for (int64_t j = kTile; j < kWindow; ++j) part[j][segment.begin + t] = line[t * kTile + j];
+      for (int64_t j = kTile; j < kWidth; ++j) part[j][segment.begin + t] = line[t * kTile + j];
+    }
+  }
+}
+
+template <int64_t kWidth>
+void transform_columns(const float (*parts)[kWindow][kPanel], float* target, int64_t stride) {
+  for (int64_t i = 0; i < kWindow; ++i) {
+    for (int64_t t = 0; t < kPanel; t += kLanes) {
+      transform_window<kWidth>(
+          [&](int j) { return load(parts[i][j] + t); },
+          [&](int j, Floats value) { store(target + (i * kWindow + j) * stride + t, value); });
     }
   }
 }
@@ -235,14 +286,82 @@ void winograd_input(const WinogradConv2d& args, int64_t tile, float* transformed
   // Tiles past the last stay 0.
   float parts[kWindow][kWindow][kPanel] = {};
   for (int64_t c = 0; c < args.channels; ++c) {
-    for (int64_t s = 0; s < found; ++s) transform_segment(args, segments[s], c, lines, parts);
-    for (int64_t i = 0; i < kWindow; ++i) {
-      for (int64_t t = 0; t < kPanel; t += kLanes) {
-        float* target = transformed + i * kWindow * stride + c * kPanel + t;
-        transform_input(load(parts[i][0] + t), load(parts[i][1] + t), load(parts[i][2] + t),
-                        load(parts[i][3] + t), load(parts[i][4] + t), load(parts[i][5] + t),
-                        [&](int j, Floats value) { store(target + j * stride, value); });
+    for (int64_t s = 0; s < found; ++s) {
+      const Segment& segment = segments[s];
+      const int64_t image = segment.sample * args.channels + c;
+      transform_segment<kWindow>(args.x + image * args.height * args.width, args.height, args.width,
+                                 segment.row * kTile - args.padding, segment.column * kTile - args.padding,
+                                 segment, args.styles ? args.styles[image] : 1.f, lines, parts);
+    }
+    transform_columns<kWindow>(parts, transformed + c * kPanel, stride);
+  }
+}
+
+void winograd_gradient(const WinogradConv2d& args, int64_t tile, float* transformed) {
+  Segment segments[kPanel];
+  const int64_t found = find_segments(args, tile, segments);
+  const int64_t stride = winograd_input_stride(args.outputs, kPanel);
+  float lines[kWindow][kLine] = {};
+  float parts[kWindow][kWindow][kPanel] = {};
+  for (int64_t o = 0; o < args.outputs; ++o) {
+    for (int64_t s = 0; s < found; ++s) {
+      const Segment& segment = segments[s];
+      const int64_t image = segment.sample * args.outputs + o;
+      transform_segment<kTile>(args.y + image * args.out_height * args.out_width, args.out_height,
+                               args.out_width, segment.row * kTile, segment.column * kTile, segment, 1.f,
+                               lines, parts);
+    }
+    transform_columns<kTile>(parts, transformed + o * kPanel, stride);
+  }
+}
+
+void winograd_weight_products(const WinogradConv2d& args, int64_t panels, int64_t part, int64_t output,
+                              const float* inputs, const float* gradients, bool accumulate, float* target) {
+  const int64_t input_stride = winograd_input_stride(args.channels, kPanel);
+  const int64_t gradient_stride = winograd_input_stride(args.outputs, kPanel);
+  const int64_t row = pad_channels(args.channels),
+                outputs = std::min(args.outputs, output + kWinogradOutputs);
+  for (int64_t c = 0; c < args.channels; c += kPanelVectors) {
+    for (int64_t o = output; o < outputs; o += kRows) {
+      const float* input = inputs + part * input_stride + c * kPanel;
+      const float* gradient = gradients + part * gradient_stride + o * kPanel;
+      Floats sums[kRows][kPanelVectors] = {};
+      for (int64_t p = 0; p < panels; ++p) {
+        for (int64_t t = 0; t < kPanel; t += kLanes) {
+          Floats right[kPanelVectors];
+          for (int v = 0; v < kPanelVectors; ++v) right[v] = load(input + v * kPanel + t);
+#pragma GCC unroll 8
+          for (int r = 0; r < kRows; ++r) {
+            const Floats left = load(gradient + r * kPanel + t);
+            for (int v = 0; v < kPanelVectors; ++v) sums[r][v] += left * right[v];
+          }
+        }
+        input += kWinogradProducts * input_stride;
+        gradient += kWinogradProducts * gradient_stride;
       }
+      // What lies past the last channel or output is no sum of anything.
+      for (int64_t r = 0; r < std::min(kRows, outputs - o); ++r) {
+        float* values = target + (part * args.outputs + o + r) * row + c;
+        for (int64_t v = 0; v < std::min(kPanelVectors, args.channels - c); ++v) {
+          const float sum = lane_sum(sums[r][v]);
+          values[v] = accumulate ? values[v] + sum : sum;
+        }
+      }
+    }
+  }
+}
+
+void winograd_weight_gradient(const WinogradConv2d& args, int64_t output, const float* sums,
+                              float* grad_weight) {
+  const int64_t row = pad_channels(args.channels);
+  for (int64_t c = 0; c < args.channels; c += kLanes) {
+    Floats w[kWinogradProducts], columns[3 * kWindow], g[9];
+    for (int64_t n = 0; n < kWinogradProducts; ++n) w[n] = load(sums + (n * args.outputs + output) * row + c);
+    for (int64_t j = 0; j < kWindow; ++j) transform_weight_gradient(w + j, kWindow, columns + j, kWindow);
+    for (int64_t i = 0; i < 3; ++i) transform_weight_gradient(columns + i * kWindow, 1, g + i * 3, 1);
+    for (int64_t lane = 0; lane < std::min(kLanes, args.channels - c); ++lane) {
+      float* filter = grad_weight + (output * args.channels + c + lane) * 9;
+      for (int64_t tap = 0; tap < 9; ++tap) filter[tap] = g[tap][lane];
     }
   }
 }

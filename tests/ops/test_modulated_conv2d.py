@@ -73,7 +73,7 @@ def test_third_derivative_exists():
 
 
 @pytest.mark.parametrize(
-    ("mode", "batch", "outputs", "size"), [*((mode, 10, 24, 4) for mode in MODES), ("plain", 40, 32, 8)]
+    ("mode", "batch", "outputs", "size"), [*((mode, 10, 24, 4) for mode in MODES), ("plain", 40, 64, 8)]
 )
 def test_forms_no_weight_per_sample(mode, batch, outputs, size):
     """Neither the forward pass nor first and second derivatives hold anything of size (B, O, I, k, k)."""
