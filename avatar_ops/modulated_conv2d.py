@@ -98,8 +98,8 @@ def modulated_conv2d(
     TensorFloat-32 where torch.backends.cudnn.conv.fp32_precision is "tf32", as torch's own convolutions do. Of
     those gradients and float64 are made, and follow their switches, that for determinism too.
     On a CPU, float32 convolutions of 3x3 with up = down = 1, at least 16 channels on either side and enough
-    pixels, and their gradients in x, take Winograd's form F(4x4, 3x3): as accurate as the direct one, but all
-    16 outputs of a tile are NaN where one of the 6x6 inputs it reads is not finite.
+    pixels, and their gradients, take Winograd's form F(4x4, 3x3): as accurate as the direct one, but all 16
+    outputs of a tile are NaN where one of the 6x6 inputs it reads is not finite.
     Source: Karras et al., Analyzing and Improving the Image Quality of StyleGAN, CVPR 2020, sec. 2.2.
     Reference: reference.modulated_conv2d.
     """
@@ -240,15 +240,19 @@ def _convolve(x: Tensor, weight: Tensor, f: Tensor | None, up: int, down: int, p
     return F.conv2d(x, weight, padding=padding)
 
 
-def _winograd_pays(x: Tensor, weight: Tensor, up: int, down: int, size: tuple[int, int]) -> bool:
-    """Whether Winograd's form is clearly faster: a float32 3x3 convolution with enough full tiles, on a CPU."""
+def _winograd_pays(
+    x: Tensor, weight: Tensor, up: int, down: int, size: tuple[int, int], overhead: int = 12
+) -> bool:
+    """Whether Winograd's form is clearly faster: a float32 3x3 convolution with enough full tiles, on a CPU.
+
+    overhead: tiles that take about as long as what is done once, which is to transform the weights.
+    """
     if x.device.type != "cpu" or x.dtype != torch.float32 or weight.shape[2] != 3 or up * down != 1:
         return False
     if min(weight.shape[:2]) < 16:
         return False
     tiles = x.shape[0] * -(-size[0] // 4) * -(-size[1] // 4)
-    # To transform the weights takes about as long as a dozen tiles.
-    return x.shape[0] * size[0] * size[1] >= 8 * (tiles + 12)
+    return x.shape[0] * size[0] * size[1] >= 8 * (tiles + overhead)
 
 
 def _convolve_backward(
@@ -286,15 +290,13 @@ def _convolve_backward(
             grad_f = filter_gradient(grad_z, x, f, 1, 1, sides, False, 1.0)
         grad_x = transposed(grad_z, f, x.shape[2:], 1, 1, sides, False, 1.0) if need_x else None
         return grad_x, grad_weight, grad_f
-    if padding > 2 or not _winograd_pays(grad, _transposed_weight(weight), 1, 1, x.shape[2:]):
-        return *convolution_backward(grad, x, weight, 1, padding, False, need_x), None
-    grad_x = _shared_convolution(grad, _transposed_weight(weight), 2 - padding) if need_x else None
-    grad_weight = None
-    if need_weight:
-        grad_weight = torch.ops.avatar_ops.modulated_conv2d_winograd_weight(
-            grad.contiguous(), x.contiguous(), padding
-        )
-    return grad_x, grad_weight, None
+    grad_x = grad_weight = None
+    if need_x and padding <= 2 and _winograd_pays(grad, weight.transpose(0, 1), 1, 1, x.shape[2:]):
+        grad_x, need_x = _shared_convolution(grad, _transposed_weight(weight), 2 - padding), False
+    if need_weight and padding <= 2 and _winograd_pays(x, weight, 1, 1, grad.shape[2:], 64):
+        grad_weight, need_weight = _shared_weight_gradient(grad, x, padding), False
+    rest = convolution_backward(grad, x, weight, 1, padding, False, need_x)
+    return rest[0] if grad_x is None else grad_x, rest[1] if grad_weight is None else grad_weight, None
 
 
 def _shared_convolution(x: Tensor, weight: Tensor, padding: int) -> Tensor:
@@ -304,6 +306,10 @@ def _shared_convolution(x: Tensor, weight: Tensor, padding: int) -> Tensor:
         x, weight, ones, None, None, None, False, 1, 1, padding, 1.0, 1.0, None, 0.0, False
     )
     return y
+
+
+def _shared_weight_gradient(grad: Tensor, x: Tensor, padding: int) -> Tensor:
+    return torch.ops.avatar_ops.modulated_conv2d_winograd_weight(grad.contiguous(), x.contiguous(), padding)
 
 
 def _energy(weight: Tensor, styles: Tensor, eps: float) -> Tensor:

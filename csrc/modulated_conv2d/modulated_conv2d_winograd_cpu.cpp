@@ -8,9 +8,9 @@
 namespace avatar {
 namespace {
 
-// Transformed weights that are held at a time. Larger blocks of memory come fresh from the system at every
-// call, and their page faults take longer than the transform.
-constexpr int64_t kMostWeights = (int64_t{24} << 20) / sizeof(float);
+// Transformed weights, or transformed images, that are held at a time. Larger blocks of memory come fresh
+// from the system at every call, and their page faults take longer than the transform.
+constexpr int64_t kMostMemory = (int64_t{24} << 20) / sizeof(float);
 // Panels that pass over the weights together, where there are enough of them for every thread and their
 // transformed input stays this small.
 constexpr int64_t kTaskPanels = 2;
@@ -33,7 +33,7 @@ void convolve(const WinogradConv2d& args, const Tensor& memory_like) {
   const int64_t task_panels = plenty ? kTaskPanels : 1;
   const int64_t panel_blocks = divide_up(panels, task_panels);
   const int64_t weight_size = kWinogradProducts * winograd_weight_stride(args.channels);
-  const int64_t rounds = divide_up(blocks, std::max<int64_t>(1, kMostWeights / weight_size));
+  const int64_t rounds = divide_up(blocks, std::max<int64_t>(1, kMostMemory / weight_size));
   const int64_t round_blocks = divide_up(blocks, rounds);
   const int64_t splits = std::min(round_blocks, divide_up(2 * threads, panel_blocks));
   const int64_t tasks = panel_blocks * splits, workers = std::min(threads, tasks);
@@ -133,8 +133,11 @@ Tensor modulated_conv2d_winograd_weight_cpu(const Tensor& grad, const Tensor& x,
   const int64_t panels = divide_up(args.batch * args.tile_rows * args.tile_columns, panel);
   const int64_t input_size = kWinogradProducts * winograd_input_stride(args.channels, panel);
   const int64_t gradient_size = kWinogradProducts * winograd_input_stride(args.outputs, panel);
-  const int64_t most = std::max<int64_t>(1, kMostWeights / (input_size + gradient_size));
-  const int64_t block_panels = std::min(panels, most), blocks = divide_up(args.outputs, kWinogradOutputs);
+  if (panels == 0) return torch::stable::new_zeros(x, {args.outputs, args.channels, 3, 3});
+  // So many tiles that what ends a sum weighs little, and no more, for the sake of the caches.
+  const int64_t wanted = divide_up(256, panel), most = kMostMemory / (input_size + gradient_size);
+  const int64_t block_panels = std::min(panels, std::max<int64_t>(1, std::min(wanted, most)));
+  const int64_t blocks = divide_up(args.outputs, kWinogradOutputs);
   Tensor inputs = torch::stable::new_empty(x, {block_panels * input_size + kWinogradSlack});
   Tensor gradients = torch::stable::new_empty(x, {block_panels * gradient_size + kWinogradSlack});
   Tensor sums = torch::stable::new_empty(x, {kWinogradProducts * args.outputs, pad_channels(args.channels)});

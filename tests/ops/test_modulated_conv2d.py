@@ -180,15 +180,16 @@ def test_winograd_takes_images_of_one_row_and_empty_batches(isa):
         torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("padding", [0, 1, 2])
-def test_derivatives_through_winograd_keep_the_accuracy_bound(padding):
-    """First and second derivatives, of which the gradient of images is a convolution of that form too."""
+@pytest.mark.parametrize("padding", [0, 1, 2, 3])
+def test_derivatives_through_winograd_keep_the_accuracy_bound(padding, isa):
+    """First and second derivatives; with a padding above 2 the gradients are computed directly."""
 
     def derivatives(function, dtype):
         torch.manual_seed(0)
-        leaves = [t.to(dtype).requires_grad_() for t in image_layer(3, 18, 17, 20, 22)]
+        leaves = [t.to(dtype).requires_grad_() for t in image_layer(3, 18, 17, 28, 30)]
         bias = torch.randn(17).to(dtype).requires_grad_()
         y = function(*leaves, bias=bias, activation="lrelu", padding=padding)
+        assert modulated_conv2d._winograd_pays(leaves[0].float(), leaves[1], 1, 1, y.shape[2:], 64)
         leaves.append(bias)
         first = torch.autograd.grad((y * torch.randn(y.shape)).sum(), leaves, create_graph=True)
         second = torch.autograd.grad(first[0].square().sum() + first[1].square().sum(), leaves[:3])
@@ -197,6 +198,13 @@ def test_derivatives_through_winograd_keep_the_accuracy_bound(padding):
     expected = derivatives(reference.modulated_conv2d, torch.float64)
     for a, e in zip(derivatives(avatar_ops.modulated_conv2d, torch.float32), expected, strict=True):
         assert_accurate(a, e)
+
+
+def test_winograd_weight_gradient_of_no_images_is_zero():
+    grad = torch.ops.avatar_ops.modulated_conv2d_winograd_weight(
+        torch.ones(0, 5, 8, 8), torch.ones(0, 3, 8, 8), 1
+    )
+    assert torch.equal(grad, torch.zeros(5, 3, 3, 3))
 
 
 def test_winograd_gives_the_same_bits_for_any_thread_count(isa):
@@ -208,8 +216,12 @@ def test_winograd_gives_the_same_bits_for_any_thread_count(isa):
             results = []
             for threads in (1, 2, 5):
                 torch.set_num_threads(threads)
-                results.append(avatar_ops.modulated_conv2d(*tensors))
-            assert all(torch.equal(result, results[0]) for result in results)
+                y = avatar_ops.modulated_conv2d(*tensors)
+                results.append(
+                    (y, torch.ops.avatar_ops.modulated_conv2d_winograd_weight(y.cos(), tensors[0], 1))
+                )
+            for result in results[1:]:
+                assert all(torch.equal(a, e) for a, e in zip(result, results[0], strict=True))
     finally:
         torch.set_num_threads(before)
 
