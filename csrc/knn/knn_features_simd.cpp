@@ -1,7 +1,8 @@
 // Search in feature space: a tiled product of centred points gives |q - p|^2 = |q|^2 + |p|^2 - 2 q.p up to a
-// bounded error. Whatever that bound cannot rule out is measured again as the sum of squared differences,
-// which alone decides.
+// bounded error. What that bound cannot rule out gathers in a list per query, which is cut back when it is full;
+// at the end its members are measured again as the sum of squared differences, which alone decides.
 #include <algorithm>
+#include <cstring>
 #include <limits>
 #include <type_traits>
 
@@ -15,14 +16,12 @@ namespace {
 
 // Sums in registers: kTileRows * kTileVectors of 32 or 16, with room for the operands.
 #if defined(__AVX512F__)
-constexpr int kTileRows = 11;
+constexpr int kTileRows = 12;
 #else
 constexpr int kTileRows = 6;
 #endif
 constexpr int kTileVectors = 2;
-// A block of queries in whole tiles.
-constexpr int kBlockRows = (kLeaf + kTileRows - 1) / kTileRows * kTileRows;
-static_assert(kBlockRows <= kFeatureBlockRows);
+static_assert(kFeatureBlock % kTileRows == 0);
 
 // sum of (a - b)^2 over dims, in several partial sums.
 template <typename T>
@@ -74,59 +73,209 @@ struct ProductError {
     if (!(norm < limit && worst < limit && relative < T(0.25))) return std::numeric_limits<T>::infinity();
     return worst + relative * worst - norm + 2 * relative * norm + absolute;
   }
+  // The largest distance that q and p may have where point_term(|p|^2) - 2 q.p is `lower`.
+  T farthest(T lower, T point_norm, T query_norm) const {
+    const T most = lower + query_norm + 2 * relative * (query_norm + 2 * point_norm) + 2 * absolute;
+    // Where NaN or an overflow took part, nothing is known.
+    if (!(most < limit && point_norm < limit && query_norm < limit && relative < T(0.25))) {
+      return std::numeric_limits<T>::infinity();
+    }
+    return std::max(most, T(0)) * (1 + 2 * relative);
+  }
+  // `lower` of a distance known exactly.
+  T lower_of(T distance, T point_norm, T query_norm) const {
+    return point_norm < limit ? distance - query_norm - 2 * relative * point_norm - absolute
+                              : -std::numeric_limits<T>::infinity();
+  }
 
   T relative, absolute, limit;
 };
 
-// sums[r][v] = sum over d of rows[r][d] * columns[d][v], for kTileRows rows and kTileVectors vectors.
+// sums[r][v] += sum over d of rows[d][r] * columns[d][v], for kTileRows rows and kTileVectors vectors.
 template <typename T>
 inline void multiply_tile(const T* rows, const T* columns, int64_t dims,
-                          typename Lanes<T>::Vector (&sums)[kTileRows][kTileVectors]) {
-  using Vector = typename Lanes<T>::Vector;
-  for (auto& row : sums) {
-    for (Vector& sum : row) sum = Vector{};
-  }
-  for (int64_t d = 0; d < dims; ++d) {
-    Vector column[kTileVectors];
-    for (int v = 0; v < kTileVectors; ++v) column[v] = load(columns + d * kLeaf + v * Lanes<T>::kCount);
+                          Vector<T> (&sums)[kTileRows][kTileVectors]) {
+  for (int64_t d = 0; d < dims; ++d, rows += kTileRows, columns += kLeaf) {
+    Vector<T> column[kTileVectors];
+    for (int v = 0; v < kTileVectors; ++v) column[v] = load(columns + v * Lanes<T>::kCount);
     for (int r = 0; r < kTileRows; ++r) {
-      const Vector value = broadcast(rows[r * dims + d]);
+      const Vector<T> value = broadcast(rows[r]);
       for (int v = 0; v < kTileVectors; ++v) sums[r][v] = multiply_add(value, column[v], sums[r][v]);
     }
   }
 }
 
-template <typename T, typename List>
-class BlockSearch {
- public:
-  explicit BlockSearch(const FeatureSearchArgs<T>& args) : args_(args), error_(args.dims) {}
-
-  // At most kLeaf queries; one for a BufferList.
-  void run(const int32_t* query_rows, int count) {
-    const int64_t dims = args_.dims;
-    query_rows_ = query_rows;
-    count_ = count;
-    const int padded = (count + kTileRows - 1) / kTileRows * kTileRows;
-    for (int q = 0; q < padded; ++q) {
-      T* centered = args_.scratch + q * dims;
-      if (q >= count) {
-        std::fill_n(centered, dims, T(0));
-        continue;
-      }
-      const T* query = args_.queries + query_rows[q] * dims;
-      T norm = 0;
-      for (int64_t d = 0; d < dims; ++d) {
-        centered[d] = query[d] - args_.center[d];
-        norm = multiply_add(centered[d], centered[d], norm);
-      }
-      norms_[q] = norm;
-      List::reset(states_[q], args_.slots);
-      update_threshold(q);
+// A value that at least `rank` of the values, none negative, do not exceed, and not many more where they differ.
+// Room for a vector follows the values.
+template <typename T>
+T upper_quantile(T* values, int count, int64_t rank) {
+  using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
+  constexpr int kLanes = Lanes<T>::kCount;
+  const auto value_of = [](Bits bits) {
+    T value;
+    std::memcpy(&value, &bits, sizeof(T));
+    return value;
+  };
+  const auto bits_of = [](T value) {
+    Bits bits;
+    std::memcpy(&bits, &value, sizeof(T));
+    return bits;
+  };
+  T least = values[0], most = values[0];
+  for (int i = 1; i < count; ++i) {
+    least = std::min(least, values[i]);
+    most = std::max(most, values[i]);
+  }
+  // Numbers that are not negative order as their bits do.
+  Bits low = bits_of(least), high = bits_of(most);
+  store(values + count, broadcast(std::numeric_limits<T>::infinity()));
+  while (high - low > 1) {
+    const Bits middle = low + (high - low) / 2;
+    const Vector<T> bound = broadcast(value_of(middle));
+    Index<T> counts = {};
+    for (int i = 0; i < count; i += kLanes) counts -= load(values + i) <= bound;
+    int64_t below = 0;
+    for (int lane = 0; lane < kLanes; ++lane) below += counts[lane];
+    if (below < rank) {
+      low = middle;
+      continue;
     }
-    for (int64_t leaf = 0; leaf < args_.leaves; ++leaf) scan_leaf(leaf, padded);
-    for (int q = 0; q < count; ++q) {
-      write_row<List>(states_[q], args_.slots, args_.k, args_.distances + query_rows[q] * args_.k,
-                      args_.indices + query_rows[q] * args_.k);
+    high = middle;
+    if (below <= rank + rank / 8) break;
+  }
+  return value_of(high);
+}
+
+// The lists of candidates of some queries.
+template <typename T>
+class CandidateLists {
+ public:
+  CandidateLists(const FeatureSearchArgs<T>& args, const FeatureQueries<T>& queries)
+      : args_(args), queries_(queries), error_(args.dims) {}
+
+  void add(int64_t query, T lower, int64_t position) {
+    const int32_t query_row = queries_.rows[query], row = args_.order[position];
+    if (query_row < 0 || row < 0 || (args_.exclude_self && row == query_row)) return;
+    int32_t& count = queries_.counts[query];
+    list(query)[count++] = {lower, static_cast<int32_t>(position)};
+    if (count == args_.capacity) cut(query);
+  }
+
+  // Writes the row of a query.
+  void finish(int64_t query) {
+    drop_far(query);
+    measure(query);
+    T* distances = row_of(args_.distances, query);
+    int64_t* indices = row_of(args_.indices, query);
+    const int64_t slots = args_.slots.count;
+    for (int64_t slot = 0; slot < slots; ++slot) {
+      if (indices[slot] >= 0) indices[slot] = args_.order[indices[slot]];
+    }
+    std::fill_n(distances + slots, args_.k - slots, std::numeric_limits<T>::infinity());
+    std::fill_n(indices + slots, args_.k - slots, int64_t{-1});
+  }
+
+  const ProductError<T>& error() const { return error_; }
+
+ private:
+  Candidate<T>* list(int64_t query) const { return queries_.candidates + query * args_.capacity; }
+  template <typename Value>
+  Value* row_of(Value* rows, int64_t query) const {
+    return rows + queries_.rows[query] * args_.k;
+  }
+
+  void tighten(int64_t query, T worst) {
+    const T limit = error_.query_term(queries_.norms[query], worst) * T(-0.5);
+    queries_.limits[query] = std::max(queries_.limits[query], limit);
+  }
+
+  __attribute__((noinline)) void cut(int64_t query) {
+    drop_far(query);
+    const int64_t slots = args_.slots.count;
+    // Cutting again and again for a few places each would be slow: then the distances themselves decide.
+    if (queries_.counts[query] > args_.capacity - (args_.capacity - slots) / 4) keep_nearest(query);
+  }
+
+  // Drops candidates that are farther than enough others.
+  void drop_far(int64_t query) {
+    Candidate<T>* candidates = list(query);
+    const int count = queries_.counts[query];
+    if (count <= args_.slots.count) return;
+    const T norm = queries_.norms[query];
+    for (int i = 0; i < count; ++i) {
+      args_.bounds[i] = error_.farthest(candidates[i].lower, args_.norms[candidates[i].position], norm);
+    }
+    tighten(query, upper_quantile(args_.bounds, count, args_.slots.count));
+    const T most = queries_.limits[query] * T(-2);
+    int kept = 0;
+    for (int i = 0; i < count; ++i) {
+      candidates[kept] = candidates[i];
+      kept += !(candidates[i].lower > most);
+    }
+    queries_.counts[query] = kept;
+  }
+
+  void keep_nearest(int64_t query) {
+    measure(query);
+    const T* distances = row_of(args_.distances, query);
+    const int64_t* positions = row_of(args_.indices, query);
+    Candidate<T>* candidates = list(query);
+    const int64_t slots = args_.slots.count;
+    for (int64_t slot = 0; slot < slots; ++slot) {
+      const int64_t position = positions[slot];
+      const T lower = error_.lower_of(distances[slot], args_.norms[position], queries_.norms[query]);
+      candidates[slot] = {lower, static_cast<int32_t>(position)};
+    }
+    queries_.counts[query] = static_cast<int32_t>(slots);
+    tighten(query, distances[slots - 1]);
+  }
+
+  // Leaves the nearest candidates, by distance and position, in the query's rows of distances and indices.
+  void measure(int64_t query) {
+    with_list(T(0), args_.slots, [&](auto tag) {
+      using List = typename decltype(tag)::type;
+      const T* point = args_.queries + queries_.rows[query] * args_.dims;
+      const Candidate<T>* candidates = list(query);
+      typename List::State state;
+      List::reset(state, args_.slots);
+      List nearest(state);
+      for (int i = 0; i < queries_.counts[query]; ++i) {
+        const int32_t position = candidates[i].position;
+        const T* other = args_.points + args_.order[position] * args_.dims;
+        const Key<T> key = Key<T>::make(squared_distance(point, other, args_.dims), position);
+        if (key < nearest.worst()) nearest.insert(key);
+      }
+      nearest.save(state);
+      List::finish(state, args_.slots, row_of(args_.distances, query), row_of(args_.indices, query));
+    });
+  }
+
+  const FeatureSearchArgs<T>& args_;
+  const FeatureQueries<T> queries_;
+  const ProductError<T> error_;
+};
+
+// Multiplies a block of queries, packed into args.tiles, with leaves of points. With kBoth the points are
+// queries too, whose place among `queries` is their position.
+template <bool kBoth, typename T>
+class BlockProduct {
+ public:
+  // The queries are those from `first` on, `terms` half of their point terms, needed with kBoth only.
+  BlockProduct(const FeatureSearchArgs<T>& args, const FeatureQueries<T>& queries, int64_t first, int count,
+               const T* terms)
+      : args_(args), limits_(queries.limits), lists_(args, queries), first_(first), count_(count), terms_(terms) {}
+
+  void scan(int64_t leaf) {
+    const T* columns = args_.coordinates + leaf * args_.dims * kLeaf;
+    // A sum that starts at minus half the point term ends at minus half the lower bound.
+    T starts[kLeaf];
+    for (int i = 0; i < kLeaf; ++i) {
+      starts[i] = lists_.error().point_term(args_.norms[leaf * kLeaf + i]) * T(-0.5);
+    }
+    for (int i = 0; i < kLeaf; i += kStep) {
+      for (int row = 0; row < count_; row += kTileRows) {
+        multiply(row, columns + i, starts + i, leaf * kLeaf + i);
+      }
     }
   }
 
@@ -134,77 +283,143 @@ class BlockSearch {
   static constexpr int kLanes = Lanes<T>::kCount;
   static constexpr int kStep = kTileVectors * kLanes;
   static_assert(kLeaf % kStep == 0);
-  using Vector = typename Lanes<T>::Vector;
 
-  void update_threshold(int q) {
-    thresholds_[q] = error_.query_term(norms_[q], List::worst(states_[q]).distance());
-  }
-
-  void scan_leaf(int64_t leaf, int padded) {
-    const T* columns = args_.coordinates + leaf * args_.dims * kLeaf;
-    const int32_t* order = args_.order + leaf * kLeaf;
-    T terms[kLeaf];
-    for (int i = 0; i < kLeaf; ++i) terms[i] = error_.point_term(args_.norms[leaf * kLeaf + i]);
-    for (int i = 0; i < kLeaf; i += kStep) {
-      for (int first = 0; first < padded; first += kTileRows) {
-        Vector products[kTileRows][kTileVectors];
-        multiply_tile(args_.scratch + first * args_.dims, columns + i, args_.dims, products);
-        for (int r = 0; r < kTileRows; ++r) {
-          const Vector threshold = broadcast(thresholds_[first + r]);
-          uint32_t hits = 0;
-          for (int v = 0; v < kTileVectors; ++v) {
-            const Vector value = multiply_add(products[r][v], broadcast(T(-2)), load(terms + i + v * kLanes));
-            hits |= not_greater(value, threshold) << (v * kLanes);
-          }
-          if (hits && first + r < count_) measure(first + r, order + i, hits);
+  void multiply(int row, const T* columns, const T* starts, int64_t position) {
+    Vector<T> sums[kTileRows][kTileVectors];
+    for (auto& sum : sums) {
+      for (int v = 0; v < kTileVectors; ++v) sum[v] = load(starts + v * kLanes);
+    }
+    multiply_tile(args_.tiles + (first_ + row) * args_.dims, columns, args_.dims, sums);
+    for (int r = 0; r < kTileRows; ++r) {
+      if (row + r >= count_) break;
+      const Vector<T> limit = broadcast(limits_[first_ + row + r]);
+      uint32_t row_hits = 0, column_hits = 0;
+      for (int v = 0; v < kTileVectors; ++v) row_hits |= not_greater(limit, sums[r][v]) << (v * kLanes);
+      if constexpr (kBoth) {
+        const Vector<T> term = broadcast(terms_[row + r]);
+        for (int v = 0; v < kTileVectors; ++v) {
+          const Vector<T> other =
+              load(limits_ + position + v * kLanes) + load(starts + v * kLanes) + term;
+          column_hits |= not_greater(other, sums[r][v]) << (v * kLanes);
         }
+      }
+      if (row_hits | column_hits) {
+        T values[kStep];
+        for (int v = 0; v < kTileVectors; ++v) store(values + v * kLanes, sums[r][v]);
+        add_hits(row + r, values, starts, position, row_hits, column_hits);
       }
     }
   }
 
-  void measure(int q, const int32_t* order, uint32_t hits) {
-    const int32_t query_row = query_rows_[q];
-    const T* query = args_.queries + query_row * args_.dims;
-    List list(states_[q]);
-    for (; hits; hits &= hits - 1) {
-      const int32_t row = order[__builtin_ctz(hits)];
-      if (row < 0 || (args_.exclude_self && row == query_row)) continue;
-      const Key<T> key =
-          Key<T>::make(squared_distance(query, args_.points + row * args_.dims, args_.dims), row);
-      if (key < list.worst()) list.insert(key);
+  void add_hits(int row, const T* sums, const T* starts, int64_t position, uint32_t row_hits,
+                uint32_t column_hits) {
+    for (; row_hits; row_hits &= row_hits - 1) {
+      const int lane = __builtin_ctz(row_hits);
+      lists_.add(first_ + row, -2 * sums[lane], position + lane);
     }
-    list.save(states_[q]);
-    update_threshold(q);
+    if constexpr (kBoth) {
+      for (; column_hits; column_hits &= column_hits - 1) {
+        const int lane = __builtin_ctz(column_hits);
+        lists_.add(position + lane, 2 * (starts[lane] + terms_[row] - sums[lane]), first_ + row);
+      }
+    }
   }
 
   const FeatureSearchArgs<T>& args_;
-  const ProductError<T> error_;
-  const int32_t* query_rows_;
-  int count_;
-  T norms_[kBlockRows] = {}, thresholds_[kBlockRows] = {};
-  typename List::State states_[std::is_same_v<List, BufferList<T>> ? 1 : kLeaf];
+  const T* limits_;
+  CandidateLists<T> lists_;
+  const int64_t first_;
+  const int count_;
+  const T* terms_;
+};
+
+// Packs value(query, d) into whole tiles, 0 beyond the last query.
+template <typename T, typename Value>
+void pack_tiles(T* tiles, int count, int64_t dims, const Value& value) {
+  for (int first = 0; first < count; first += kTileRows, tiles += kTileRows * dims) {
+    for (int64_t d = 0; d < dims; ++d) {
+      for (int r = 0; r < kTileRows; ++r) {
+        tiles[d * kTileRows + r] = first + r < count ? value(first + r, d) : T(0);
+      }
+    }
+  }
+}
+
+template <typename T>
+void search(const FeatureSearchArgs<T>& args, const FeatureQueries<T>& queries, int count) {
+  pack_tiles(args.tiles, count, args.dims, [&](int query, int64_t d) {
+    return args.queries[queries.rows[query] * args.dims + d] - args.center[d];
+  });
+  BlockProduct<false, T> block(args, queries, 0, count, nullptr);
+  for (int64_t leaf = 0; leaf < args.leaves; ++leaf) block.scan(leaf);
+}
+
+// Of a block that begins with a leaf.
+template <typename T>
+struct LeafBlock {
+  LeafBlock(const FeatureSearchArgs<T>& args, int64_t leaf)
+      : leaf(leaf),
+        end(std::min<int64_t>(leaf + kFeatureBlock / kLeaf, args.leaves)),
+        first(leaf * kLeaf),
+        count(static_cast<int>((end - leaf) * kLeaf)) {}
+
+  const int64_t leaf, end, first;
+  const int count;
 };
 
 template <typename T>
-void search(const FeatureSearchArgs<T>& args, int64_t begin, int64_t end) {
-  with_list(T(0), args.slots, [&](auto tag) {
-    using List = typename decltype(tag)::type;
-    constexpr int kBlock = std::is_same_v<List, BufferList<T>> ? 1 : kLeaf;
-    BlockSearch<T, List> block(args);
-    for (int64_t q = begin; q < end; q += kBlock) {
-      block.run(args.query_rows + q, static_cast<int>(std::min<int64_t>(kBlock, end - q)));
-    }
+void pack(const FeatureSearchArgs<T>& args, int64_t leaf) {
+  const LeafBlock<T> block(args, leaf);
+  pack_tiles(args.tiles + block.first * args.dims, block.count, args.dims, [&](int query, int64_t d) {
+    return args.coordinates[((leaf + query / kLeaf) * args.dims + d) * kLeaf + query % kLeaf];
   });
+}
+
+template <typename T>
+void search_pair(const FeatureSearchArgs<T>& args, const FeatureQueries<T>& queries, int64_t row_leaf,
+                 int64_t column_leaf) {
+  const LeafBlock<T> rows(args, row_leaf), columns(args, column_leaf);
+  if (row_leaf == column_leaf) {
+    BlockProduct<false, T> product(args, queries, rows.first, rows.count, nullptr);
+    for (int64_t leaf = columns.leaf; leaf < columns.end; ++leaf) product.scan(leaf);
+    return;
+  }
+  const ProductError<T> error(args.dims);
+  T terms[kFeatureBlock];
+  for (int row = 0; row < rows.count; ++row) {
+    terms[row] = error.point_term(args.norms[rows.first + row]) * T(0.5);
+  }
+  BlockProduct<true, T> product(args, queries, rows.first, rows.count, terms);
+  for (int64_t leaf = columns.leaf; leaf < columns.end; ++leaf) product.scan(leaf);
+}
+
+template <typename T>
+void finish(const FeatureSearchArgs<T>& args, const FeatureQueries<T>& queries, int count) {
+  CandidateLists<T> lists(args, queries);
+  for (int query = 0; query < count; ++query) {
+    if (queries.rows[query] >= 0) lists.finish(query);
+  }
 }
 
 }  // namespace
 
-void feature_search(const FeatureSearchArgs<float>& args, int64_t begin, int64_t end) {
-  search(args, begin, end);
-}
-void feature_search(const FeatureSearchArgs<double>& args, int64_t begin, int64_t end) {
-  search(args, begin, end);
-}
+#define AVATAR_DEFINE(T)                                                                               \
+  void feature_search(const FeatureSearchArgs<T>& args, const FeatureQueries<T>& queries, int count) { \
+    search(args, queries, count);                                                                      \
+  }                                                                                                    \
+  void feature_pack(const FeatureSearchArgs<T>& args, int64_t leaf) {                                  \
+    pack(args, leaf);                                                                                  \
+  }                                                                                                    \
+  void feature_pair(const FeatureSearchArgs<T>& args, const FeatureQueries<T>& queries,                \
+                    int64_t row_leaf, int64_t column_leaf) {                                           \
+    search_pair(args, queries, row_leaf, column_leaf);                                                 \
+  }                                                                                                    \
+  void feature_finish(const FeatureSearchArgs<T>& args, const FeatureQueries<T>& queries, int count) { \
+    finish(args, queries, count);                                                                      \
+  }
+AVATAR_DEFINE(float)
+AVATAR_DEFINE(double)
+#undef AVATAR_DEFINE
 
 }  // namespace AVATAR_ISA
 }  // namespace avatar

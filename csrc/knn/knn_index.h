@@ -2,6 +2,7 @@
 // order.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "common/tensor.h"
@@ -47,6 +48,38 @@ struct KnnSearch {
   int64_t k;
 };
 void search_index(const KnnSearch& search, const Tensor& distances, const Tensor& indices);
+
+// Neighbours that a query of a cloud of `points` is searched for.
+inline int64_t slots_of(int64_t k, int64_t points) {
+  return std::min(k, points);
+}
+
+// Keys that one query's list has room for: twice its slots, but never more than all points fill.
+inline int64_t buffer_capacity(int64_t slots, int64_t points) {
+  return slots <= kSortedSlots ? 0 : std::min(2 * slots, points + 1);
+}
+
+// What both searches are told about a cloud with `points` points in the index.
+template <typename T>
+SearchArgs<T> search_args(const KnnSearch& search, int64_t cloud, int64_t points, void* buffer, T* distances,
+                          int64_t* indices) {
+  const int64_t dims = search.points.size(search.points.dim() - 1);
+  const int64_t leaf = search.clouds.leaf[cloud], query_row = search.query_clouds.row[cloud];
+  const int64_t slots = slots_of(search.k, points);
+  return {dims,
+          const_data<T>(search.index.coordinates) + leaf * dims * kLeaf,
+          const_data<int32_t>(search.index.order) + leaf * kLeaf,
+          (points + kLeaf - 1) / kLeaf,
+          {slots, buffer, buffer_capacity(slots, points)},
+          search.k,
+          search.exclude_self,
+          distances + query_row * search.k,
+          indices + query_row * search.k};
+}
+
+// The search in feature space: of every query that `queries` lists, by cloud as an index does.
+template <typename T>
+void search_features(const KnnSearch& search, const KnnIndex& queries, T* distances, int64_t* indices);
 
 inline bool uses_tree(int64_t dims) {
   return dims <= kTreeDims;

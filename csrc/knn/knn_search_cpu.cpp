@@ -6,22 +6,12 @@
 namespace avatar {
 namespace {
 
-// Leaves of queries, or blocks of them, that one task searches for.
+// Leaves of queries that one task searches for in a tree.
 constexpr int64_t kTreeTaskLeaves = 8;
-constexpr int64_t kFeatureTaskRows = kLeaf;
 
 struct SearchTask {
   int64_t cloud, begin, end;
 };
-
-int64_t slots_of(int64_t k, int64_t points) {
-  return std::min(k, points);
-}
-
-// Keys that one query's list has room for: twice its slots, but never more than all points fill.
-int64_t capacity_of(int64_t slots, int64_t points) {
-  return slots <= kSortedSlots ? 0 : std::min(2 * slots, points + 1);
-}
 
 // "Missing" for the query rows that were not searched for.
 template <typename T>
@@ -58,6 +48,7 @@ class Searcher {
     } else {
       queries_ = search_.index;
     }
+    if (!tree_) search_features<T>(search_, *queries_, distances_, indices_);
     const int64_t* query_counts = const_data<int64_t>(queries_->counts);
     const int32_t* query_order = const_data<int32_t>(queries_->order);
     std::vector<uint8_t> searched(search_.queries.numel() / dims_, 0);
@@ -68,23 +59,19 @@ class Searcher {
       if (!slots || !queries) continue;
       const int32_t* rows = query_order + search_.query_clouds.leaf[cloud] * kLeaf;
       for (int64_t i = 0; i < queries; ++i) searched[search_.query_clouds.row[cloud] + rows[i]] = 1;
-      const int64_t size = tree_ ? (queries + kLeaf - 1) / kLeaf : queries;
-      const int64_t step = tree_ ? kTreeTaskLeaves : kFeatureTaskRows;
-      for (int64_t begin = 0; begin < size; begin += step) {
-        tasks.push_back({cloud, begin, std::min(begin + step, size)});
+      if (!tree_) continue;
+      const int64_t leaves = (queries + kLeaf - 1) / kLeaf;
+      for (int64_t begin = 0; begin < leaves; begin += kTreeTaskLeaves) {
+        tasks.push_back({cloud, begin, std::min(begin + kTreeTaskLeaves, leaves)});
       }
-      capacity = std::max(capacity, capacity_of(slots, counts_[cloud]));
+      capacity = std::max(capacity, buffer_capacity(slots, counts_[cloud]));
     }
-    const int64_t scratch = tree_ ? 0 : feature_scratch(dims_);
     const int64_t count = static_cast<int64_t>(tasks.size());
     const int64_t workers = std::min<int64_t>(count, torch::stable::get_num_threads());
     std::atomic<int64_t> next{0};
     torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
       std::vector<char> buffer(capacity * kKeyBytes);
-      std::vector<T> values(scratch);
-      for (int64_t task = next++; task < count; task = next++) {
-        search_task(tasks[task], buffer.data(), values.data());
-      }
+      for (int64_t task = next++; task < count; task = next++) search_tree(tasks[task], buffer.data());
     });
     return searched;
   }
@@ -105,37 +92,15 @@ class Searcher {
     queries_ = listed;
   }
 
-  void search_task(const SearchTask& task, void* buffer, T* scratch) const {
+  void search_tree(const SearchTask& task, void* buffer) const {
     const int64_t cloud = task.cloud;
     const int64_t leaf = search_.clouds.leaf[cloud], query_leaf = search_.query_clouds.leaf[cloud];
-    const int64_t row = search_.clouds.row[cloud], query_row = search_.query_clouds.row[cloud];
-    const int64_t slots = slots_of(search_.k, counts_[cloud]);
-    SearchArgs<T> common;
-    common.dims = dims_;
-    common.coordinates = const_data<T>(search_.index.coordinates) + leaf * dims_ * kLeaf;
-    common.order = const_data<int32_t>(search_.index.order) + leaf * kLeaf;
-    common.leaves = (counts_[cloud] + kLeaf - 1) / kLeaf;
-    common.slots = {slots, buffer, capacity_of(slots, counts_[cloud])};
-    common.k = search_.k;
-    common.exclude_self = search_.exclude_self;
-    common.distances = distances_ + query_row * search_.k;
-    common.indices = indices_ + query_row * search_.k;
-    const int32_t* query_order = const_data<int32_t>(queries_->order) + query_leaf * kLeaf;
-    if (tree_) {
-      TreeSearchArgs<T> args{common, const_data<T>(search_.index.bounds) + leaf * 4 * dims_,
-                             const_data<int32_t>(search_.index.extra) + leaf * 2,
-                             const_data<T>(queries_->coordinates) + query_leaf * dims_ * kLeaf, query_order};
-      AVATAR_ISA_CALL(tree_search, args, task.begin, task.end);
-    } else {
-      FeatureSearchArgs<T> args{common,
-                                const_data<T>(search_.index.extra) + cloud * dims_,
-                                const_data<T>(search_.index.bounds) + leaf * kLeaf,
-                                const_data<T>(search_.points) + row * dims_,
-                                const_data<T>(search_.queries) + query_row * dims_,
-                                query_order,
-                                scratch};
-      AVATAR_ISA_CALL(feature_search, args, task.begin, task.end);
-    }
+    const TreeSearchArgs<T> args{search_args(search_, cloud, counts_[cloud], buffer, distances_, indices_),
+                                 const_data<T>(search_.index.bounds) + leaf * 4 * dims_,
+                                 const_data<int32_t>(search_.index.extra) + leaf * 2,
+                                 const_data<T>(queries_->coordinates) + query_leaf * dims_ * kLeaf,
+                                 const_data<int32_t>(queries_->order) + query_leaf * kLeaf};
+    AVATAR_ISA_CALL(tree_search, args, task.begin, task.end);
   }
 
   const KnnSearch& search_;

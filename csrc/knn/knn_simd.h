@@ -3,6 +3,7 @@
 // coordinates (leaves, dims, kLeaf), order (leaves, kLeaf) with the point's row, or -1 after the last point.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <limits>
@@ -48,6 +49,23 @@ struct TreeSearchArgs : SearchArgs<T> {
   const int32_t* query_order;
 };
 
+// A point that a query's list may need: the smallest that |p|^2 - 2 q.p can be, and its place in the order.
+template <typename T>
+struct Candidate {
+  T lower;
+  int32_t position;
+};
+
+// Queries whose candidates are gathered. A product q.p counts if it is at least (|p|^2 + limit) / 2 or so.
+template <typename T>
+struct FeatureQueries {
+  const int32_t* rows;  // within the cloud; -1 for none
+  const T* norms;       // squared norms of the centred queries
+  T* limits;
+  int32_t* counts;
+  Candidate<T>* candidates;  // (queries, capacity)
+};
+
 template <typename T>
 struct FeatureSearchArgs : SearchArgs<T> {
   // `coordinates` are centred: the point minus `center`.
@@ -55,8 +73,9 @@ struct FeatureSearchArgs : SearchArgs<T> {
   const T* norms;    // (leaves, kLeaf) squared norms of the centred points; padding_norm() after the last
   const T* points;   // (rows, dims) as given
   const T* queries;  // (query rows, dims) as given
-  const int32_t* query_rows;
-  T* scratch;  // feature_scratch(dims) values
+  int64_t capacity;  // candidates of a query
+  T* tiles;          // (queries, dims) centred queries in the order that the product reads them
+  T* bounds;         // scratch: feature_bounds(capacity) values
 };
 
 // So large that padding is ruled out once a list is full, yet below where the product form may overflow.
@@ -65,22 +84,39 @@ constexpr T padding_norm() {
   return std::numeric_limits<T>::max() / 128;
 }
 
-// Queries of a block, rounded up to whole tiles.
-constexpr int kFeatureBlockRows = kLeaf + 16;
-constexpr int64_t feature_scratch(int64_t dims) {
-  return kFeatureBlockRows * dims;
+// Queries of a block: whole leaves, and whole tiles of the product on every instruction set.
+constexpr int kFeatureBlock = 3 * kLeaf;
+
+// Values up to `capacity`, and a vector more.
+constexpr int64_t feature_bounds(int64_t capacity) {
+  return capacity + 16;
+}
+
+// Room for about three times the neighbours asked for costs the fewest cuts for the memory.
+constexpr int64_t feature_capacity(int64_t slots) {
+  return slots <= kSortedSlots ? std::max<int64_t>(kLeaf, 3 * slots) : 2 * slots;
 }
 
 // tree_search: the queries in leaves [begin, end) of the packed queries.
-// feature_search: queries query_rows[begin, end).
-#define AVATAR_DECLARE(ISA)                                                               \
-  namespace ISA {                                                                         \
-  void tree_search(const TreeSearchArgs<float>& args, int64_t begin, int64_t end);        \
-  void tree_search(const TreeSearchArgs<double>& args, int64_t begin, int64_t end);       \
-  void feature_search(const FeatureSearchArgs<float>& args, int64_t begin, int64_t end);  \
-  void feature_search(const FeatureSearchArgs<double>& args, int64_t begin, int64_t end); \
+// feature_search: gathers the candidates of up to kFeatureBlock queries; packs their tiles first.
+// feature_pack, feature_pair: where a cloud's points are the queries, in the same order. The first packs the
+//   tiles of the block of kFeatureBlock points that begins with a leaf; the second multiplies two such blocks,
+//   or one with itself, and each product serves the queries of both.
+// feature_finish: measures the candidates of `count` queries and writes their rows of distances and indices.
+#define AVATAR_DECLARE_TYPE(T)                                                                               \
+  void tree_search(const TreeSearchArgs<T>& args, int64_t begin, int64_t end);                               \
+  void feature_search(const FeatureSearchArgs<T>& args, const FeatureQueries<T>& queries, int count);        \
+  void feature_pack(const FeatureSearchArgs<T>& args, int64_t leaf);                                         \
+  void feature_pair(const FeatureSearchArgs<T>& args, const FeatureQueries<T>& queries, int64_t row_leaf,    \
+                    int64_t column_leaf);                                                                    \
+  void feature_finish(const FeatureSearchArgs<T>& args, const FeatureQueries<T>& queries, int count);
+#define AVATAR_DECLARE(ISA)   \
+  namespace ISA {             \
+  AVATAR_DECLARE_TYPE(float)  \
+  AVATAR_DECLARE_TYPE(double) \
   }
 AVATAR_FOR_EACH_ISA(AVATAR_DECLARE)
 #undef AVATAR_DECLARE
+#undef AVATAR_DECLARE_TYPE
 
 }  // namespace avatar
