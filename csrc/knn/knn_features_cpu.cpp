@@ -51,7 +51,7 @@ class FeatureSearcher {
   // Candidates of some queries.
   struct Lists {
     Lists(int64_t queries, int64_t capacity)
-        : limits(queries), counts(queries, 0), candidates(new Candidate<T>[queries * capacity]) {}
+        : limits(queries + kLimitPad), counts(queries, 0), candidates(new Candidate<T>[queries * capacity]) {}
     std::vector<T> limits;
     std::vector<int32_t> counts;
     std::unique_ptr<Candidate<T>[]> candidates;

@@ -74,13 +74,15 @@ struct ProductError {
     return worst + relative * worst - norm + 2 * relative * norm + absolute;
   }
   // The largest distance that q and p may have where point_term(|p|^2) - 2 q.p is `lower`.
-  T farthest(T lower, T point_norm, T query_norm) const {
-    const T most = lower + query_norm + 2 * relative * (query_norm + 2 * point_norm) + 2 * absolute;
+  T farthest(T lower, T point_norm, T far_term) const {
+    const T most = lower + far_term + 4 * relative * point_norm;
     // Where NaN or an overflow took part, nothing is known.
-    if (!(most < limit && point_norm < limit && query_norm < limit && relative < T(0.25))) {
-      return std::numeric_limits<T>::infinity();
-    }
-    return std::max(most, T(0)) * (1 + 2 * relative);
+    const bool known = most < limit && point_norm < limit;
+    return known ? std::max(most, T(0)) * (1 + 2 * relative) : std::numeric_limits<T>::infinity();
+  }
+  T far_term(T query_norm) const {
+    if (!(query_norm < limit && relative < T(0.25))) return std::numeric_limits<T>::infinity();
+    return query_norm + 2 * relative * query_norm + 2 * absolute;
   }
   // `lower` of a distance known exactly.
   T lower_of(T distance, T point_norm, T query_norm) const {
@@ -121,13 +123,19 @@ T upper_quantile(T* values, int count, int64_t rank) {
     std::memcpy(&bits, &value, sizeof(T));
     return bits;
   };
-  T least = values[0], most = values[0];
-  for (int i = 1; i < count; ++i) {
-    least = std::min(least, values[i]);
-    most = std::max(most, values[i]);
+  Vector<T> least = broadcast(values[0]), most = least;
+  store(values + count, least);
+  for (int i = 0; i < count; i += kLanes) {
+    const Vector<T> value = load(values + i);
+    least = value < least ? value : least;
+    most = larger(value, most);
   }
   // Numbers that are not negative order as their bits do.
-  Bits low = bits_of(least), high = bits_of(most);
+  Bits low = bits_of(least[0]), high = bits_of(most[0]);
+  for (int lane = 1; lane < kLanes; ++lane) {
+    low = std::min(low, bits_of(least[lane]));
+    high = std::max(high, bits_of(most[lane]));
+  }
   store(values + count, broadcast(std::numeric_limits<T>::infinity()));
   while (high - low > 1) {
     const Bits middle = low + (high - low) / 2;
@@ -153,12 +161,11 @@ class CandidateLists {
   CandidateLists(const FeatureSearchArgs<T>& args, const FeatureQueries<T>& queries)
       : args_(args), queries_(queries), error_(args.dims) {}
 
+  // What is no neighbour, as the query itself may be, is found out later.
   void add(int64_t query, T lower, int64_t position) {
-    const int32_t query_row = queries_.rows[query], row = args_.order[position];
-    if (query_row < 0 || row < 0 || (args_.exclude_self && row == query_row)) return;
     int32_t& count = queries_.counts[query];
-    list(query)[count++] = {lower, static_cast<int32_t>(position)};
-    if (count == args_.capacity) cut(query);
+    list(query)[count] = {lower, static_cast<int32_t>(position)};
+    if (++count == args_.capacity) cut(query);
   }
 
   // Writes the row of a query.
@@ -190,27 +197,39 @@ class CandidateLists {
   }
 
   __attribute__((noinline)) void cut(int64_t query) {
+    if (queries_.rows[query] < 0) {
+      queries_.counts[query] = 0;
+      return;
+    }
     drop_far(query);
     const int64_t slots = args_.slots.count;
     // Cutting again and again for a few places each would be slow: then the distances themselves decide.
     if (queries_.counts[query] > args_.capacity - (args_.capacity - slots) / 4) keep_nearest(query);
   }
 
-  // Drops candidates that are farther than enough others.
+  // Drops candidates that are none, or farther than enough others.
   void drop_far(int64_t query) {
     Candidate<T>* candidates = list(query);
-    const int count = queries_.counts[query];
-    if (count <= args_.slots.count) return;
-    const T norm = queries_.norms[query];
-    for (int i = 0; i < count; ++i) {
-      args_.bounds[i] = error_.farthest(candidates[i].lower, args_.norms[candidates[i].position], norm);
-    }
-    tighten(query, upper_quantile(args_.bounds, count, args_.slots.count));
-    const T most = queries_.limits[query] * T(-2);
+    const T far_term = error_.far_term(queries_.norms[query]);
+    const int32_t excluded = args_.exclude_self ? queries_.rows[query] : -1;
     int kept = 0;
-    for (int i = 0; i < count; ++i) {
-      candidates[kept] = candidates[i];
-      kept += !(candidates[i].lower > most);
+    for (int i = 0; i < queries_.counts[query]; ++i) {
+      const Candidate<T> candidate = candidates[i];
+      const int32_t row = args_.order[candidate.position];
+      candidates[kept] = candidate;
+      args_.bounds[kept] = error_.farthest(candidate.lower, args_.norms[candidate.position], far_term);
+      kept += (row >= 0) & (row != excluded);
+    }
+    if (kept > args_.slots.count) {
+      tighten(query, upper_quantile(args_.bounds, kept, args_.slots.count));
+      const T most = queries_.limits[query] * T(-2);
+      const int count = kept;
+      kept = 0;
+      for (int i = 0; i < count; ++i) {
+        const Candidate<T> candidate = candidates[i];
+        candidates[kept] = candidate;
+        kept += !(candidate.lower > most);
+      }
     }
     queries_.counts[query] = kept;
   }
@@ -284,45 +303,55 @@ class BlockProduct {
   static constexpr int kStep = kTileVectors * kLanes;
   static_assert(kLeaf % kStep == 0);
 
+  static constexpr int kRowsPerWord = std::min(64 / kStep, kTileRows);
+  static constexpr int kWords = (kTileRows + kRowsPerWord - 1) / kRowsPerWord;
+  // A bit for each element of a tile.
+  struct Hits {
+    uint64_t words[kWords] = {};
+    void set(int row, int vector, uint32_t bits) {
+      words[row / kRowsPerWord] |= uint64_t{bits} << (row % kRowsPerWord * kStep + vector * kLanes);
+    }
+    // Calls body(row, lane) where row < rows.
+    template <typename Body>
+    void each(int rows, const Body& body) const {
+      for (int word = 0; word < kWords; ++word) {
+        for (uint64_t rest = words[word]; rest; rest &= rest - 1) {
+          const int bit = __builtin_ctzll(rest), row = word * kRowsPerWord + bit / kStep;
+          if (row < rows) body(row, bit % kStep);
+        }
+      }
+    }
+  };
+
   void multiply(int row, const T* columns, const T* starts, int64_t position) {
     Vector<T> sums[kTileRows][kTileVectors];
     for (auto& sum : sums) {
       for (int v = 0; v < kTileVectors; ++v) sum[v] = load(starts + v * kLanes);
     }
     multiply_tile(args_.tiles + (first_ + row) * args_.dims, columns, args_.dims, sums);
+    Hits row_hits, column_hits;
+    T values[kTileRows][kStep];
+    Vector<T> column_limits[kTileVectors];
+    for (int v = 0; kBoth && v < kTileVectors; ++v) {
+      column_limits[v] = load(limits_ + position + v * kLanes) + load(starts + v * kLanes);
+    }
     for (int r = 0; r < kTileRows; ++r) {
-      if (row + r >= count_) break;
       const Vector<T> limit = broadcast(limits_[first_ + row + r]);
-      uint32_t row_hits = 0, column_hits = 0;
-      for (int v = 0; v < kTileVectors; ++v) row_hits |= not_greater(limit, sums[r][v]) << (v * kLanes);
-      if constexpr (kBoth) {
-        const Vector<T> term = broadcast(terms_[row + r]);
-        for (int v = 0; v < kTileVectors; ++v) {
-          const Vector<T> other =
-              load(limits_ + position + v * kLanes) + load(starts + v * kLanes) + term;
-          column_hits |= not_greater(other, sums[r][v]) << (v * kLanes);
+      for (int v = 0; v < kTileVectors; ++v) {
+        row_hits.set(r, v, not_greater(limit, sums[r][v]));
+        if constexpr (kBoth) {
+          column_hits.set(r, v, not_greater(column_limits[v] + broadcast(terms_[row + r]), sums[r][v]));
         }
-      }
-      if (row_hits | column_hits) {
-        T values[kStep];
-        for (int v = 0; v < kTileVectors; ++v) store(values + v * kLanes, sums[r][v]);
-        add_hits(row + r, values, starts, position, row_hits, column_hits);
+        store(values[r] + v * kLanes, sums[r][v]);
       }
     }
-  }
-
-  void add_hits(int row, const T* sums, const T* starts, int64_t position, uint32_t row_hits,
-                uint32_t column_hits) {
-    for (; row_hits; row_hits &= row_hits - 1) {
-      const int lane = __builtin_ctz(row_hits);
-      lists_.add(first_ + row, -2 * sums[lane], position + lane);
-    }
-    if constexpr (kBoth) {
-      for (; column_hits; column_hits &= column_hits - 1) {
-        const int lane = __builtin_ctz(column_hits);
-        lists_.add(position + lane, 2 * (starts[lane] + terms_[row] - sums[lane]), first_ + row);
-      }
-    }
+    row_hits.each(count_ - row, [&](int r, int lane) {
+      lists_.add(first_ + row + r, -2 * values[r][lane], position + lane);
+    });
+    column_hits.each(count_ - row, [&](int r, int lane) {
+      const T lower = 2 * (starts[lane] + terms_[row + r] - values[r][lane]);
+      lists_.add(position + lane, lower, first_ + row + r);
+    });
   }
 
   const FeatureSearchArgs<T>& args_;

@@ -92,6 +92,9 @@ constexpr int64_t feature_bounds(int64_t capacity) {
   return capacity + 16;
 }
 
+// Limits that a tile may read beyond the last query.
+constexpr int64_t kLimitPad = 16;
+
 // Room for about three times the neighbours asked for costs the fewest cuts for the memory.
 constexpr int64_t feature_capacity(int64_t slots) {
   return slots <= kSortedSlots ? std::max<int64_t>(kLeaf, 3 * slots) : 2 * slots;
