@@ -43,9 +43,9 @@ class FeatureSearcher {
   // What a worker needs for itself.
   struct Worker {
     explicit Worker(const FeatureSearcher& searcher)
-        : buffer(searcher.buffer_capacity_ * kKeyBytes), bounds(feature_bounds(searcher.capacity_)) {}
+        : buffer(searcher.buffer_capacity_ * kKeyBytes), sums(feature_sums(searcher.capacity_)) {}
     std::vector<char> buffer;
-    std::vector<T> bounds;
+    std::vector<T> sums;
   };
 
   // Candidates of some queries.
@@ -70,7 +70,7 @@ class FeatureSearcher {
             const_data<T>(search_.queries) + search_.query_clouds.row[cloud] * dims_,
             capacity_,
             tiles,
-            worker.bounds.data()};
+            worker.sums.data()};
   }
 
   // Nothing is a neighbour of "no query".
@@ -119,7 +119,7 @@ class FeatureSearcher {
     int64_t pairs = 0;
     for (const int64_t cloud : clouds_) pairs += (blocks_of(counts_[cloud]) + 1) / 2;
     const int64_t threads = torch::stable::get_num_threads();
-    return threads == 1 || pairs >= 4 * threads;
+    return threads == 1 || pairs >= 2 * threads;
   }
 
   void search_pairs() const {

@@ -2,6 +2,7 @@
 // bounded error. What that bound cannot rule out gathers in a list per query, which is cut back when it is full;
 // at the end its members are measured again as the sum of squared differences, which alone decides.
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <limits>
 #include <type_traits>
@@ -66,30 +67,26 @@ struct ProductError {
 
   // p is a neighbour of q only if point_term(|p|^2) - 2 q.p <= query_term(|q|^2, worst distance).
   T point_term(T norm) const {
-    if (!(norm < limit)) return -std::numeric_limits<T>::infinity();
+    if (!(norm < limit)) return -kInfinity;
     return norm - 2 * relative * norm - absolute;
   }
   T query_term(T norm, T worst) const {
-    if (!(norm < limit && worst < limit && relative < T(0.25))) return std::numeric_limits<T>::infinity();
+    if (!(norm < limit && worst < limit && relative < T(0.25))) return kInfinity;
     return worst + relative * worst - norm + 2 * relative * norm + absolute;
   }
-  // The largest distance that q and p may have where point_term(|p|^2) - 2 q.p is `lower`.
-  T farthest(T lower, T point_norm, T far_term) const {
-    const T most = lower + far_term + 4 * relative * point_norm;
-    // Where NaN or an overflow took part, nothing is known.
-    const bool known = most < limit && point_norm < limit;
-    return known ? std::max(most, T(0)) * (1 + 2 * relative) : std::numeric_limits<T>::infinity();
-  }
+  // At least the distance of q and p where point_term(|p|^2) - 2 q.p + far_term(|q|^2) is `sum`, and no less for
+  // larger sums: |p|^2 in the bound is itself at most 2 |q|^2 + 2 t.
+  T farthest(T sum) const { return sum < limit ? sum * (1 + 12 * relative) : kInfinity; }
   T far_term(T query_norm) const {
-    if (!(query_norm < limit && relative < T(0.25))) return std::numeric_limits<T>::infinity();
-    return query_norm + 2 * relative * query_norm + 2 * absolute;
+    if (!(query_norm < limit && relative < T(0.025))) return kInfinity;
+    return query_norm + 10 * relative * query_norm + 2 * absolute;
   }
   // `lower` of a distance known exactly.
   T lower_of(T distance, T point_norm, T query_norm) const {
-    return point_norm < limit ? distance - query_norm - 2 * relative * point_norm - absolute
-                              : -std::numeric_limits<T>::infinity();
+    return point_norm < limit ? distance - query_norm - 2 * relative * point_norm - absolute : -kInfinity;
   }
 
+  static constexpr T kInfinity = std::numeric_limits<T>::infinity();
   T relative, absolute, limit;
 };
 
@@ -157,6 +154,9 @@ T upper_quantile(T* values, int count, int64_t rank) {
 // The lists of candidates of some queries.
 template <typename T>
 class CandidateLists {
+  // Candidates measured while a point is on its way from memory.
+  static constexpr int kAhead = 4;
+
  public:
   CandidateLists(const FeatureSearchArgs<T>& args, const FeatureQueries<T>& queries)
       : args_(args), queries_(queries), error_(args.dims) {}
@@ -209,29 +209,46 @@ class CandidateLists {
 
   // Drops candidates that are none, or farther than enough others.
   void drop_far(int64_t query) {
-    Candidate<T>* candidates = list(query);
-    const T far_term = error_.far_term(queries_.norms[query]);
-    const int32_t excluded = args_.exclude_self ? queries_.rows[query] : -1;
-    int kept = 0;
-    for (int i = 0; i < queries_.counts[query]; ++i) {
-      const Candidate<T> candidate = candidates[i];
-      const int32_t row = args_.order[candidate.position];
-      candidates[kept] = candidate;
-      args_.bounds[kept] = error_.farthest(candidate.lower, args_.norms[candidate.position], far_term);
-      kept += (row >= 0) & (row != excluded);
+    const bool may_be_none = args_.exclude_self || args_.count % kLeaf;
+    if (may_be_none) {
+      const int32_t excluded = args_.exclude_self ? queries_.rows[query] : -1;
+      keep(query, [&](const Candidate<T>& candidate) {
+        const int32_t row = args_.order[candidate.position];
+        return (row >= 0) & (row != excluded);
+      });
     }
-    if (kept > args_.slots.count) {
-      tighten(query, upper_quantile(args_.bounds, kept, args_.slots.count));
-      const T most = queries_.limits[query] * T(-2);
-      const int count = kept;
-      kept = 0;
-      for (int i = 0; i < count; ++i) {
-        const Candidate<T> candidate = candidates[i];
-        candidates[kept] = candidate;
-        kept += !(candidate.lower > most);
-      }
+    const int count = queries_.counts[query];
+    if (count <= args_.slots.count) return;
+    const Candidate<T>* candidates = list(query);
+    const T far_term = error_.far_term(queries_.norms[query]);
+    T* sums = args_.sums;
+    for (int i = 0; i < count; ++i) {
+      const T sum = candidates[i].lower + far_term;
+      // Where NaN or an overflow took part, nothing is known.
+      sums[i] = std::abs(sum) < error_.limit ? std::max(sum, T(0)) : ProductError<T>::kInfinity;
+    }
+    tighten(query, error_.farthest(upper_quantile(sums, count, args_.slots.count)));
+    const T most = queries_.limits[query] * T(-2);
+    keep(query, [&](const Candidate<T>& candidate) { return !(candidate.lower > most); });
+  }
+
+  template <typename Wanted>
+  void keep(int64_t query, const Wanted& wanted) {
+    Candidate<T>* candidates = list(query);
+    const int count = queries_.counts[query];
+    int kept = 0;
+    for (int i = 0; i < count; ++i) {
+      const Candidate<T> candidate = candidates[i];
+      candidates[kept] = candidate;
+      kept += wanted(candidate);
     }
     queries_.counts[query] = kept;
+  }
+
+  void prefetch(const T* point) const {
+    for (int64_t d = 0; d < std::min<int64_t>(args_.dims, 512 / sizeof(T)); d += 64 / sizeof(T)) {
+      __builtin_prefetch(point + d);
+    }
   }
 
   void keep_nearest(int64_t query) {
@@ -258,9 +275,12 @@ class CandidateLists {
       typename List::State state;
       List::reset(state, args_.slots);
       List nearest(state);
-      for (int i = 0; i < queries_.counts[query]; ++i) {
+      const auto point_at = [&](int i) { return args_.points + args_.order[candidates[i].position] * args_.dims; };
+      const int count = queries_.counts[query];
+      for (int i = 0; i < count; ++i) {
+        prefetch(point_at(std::min(i + kAhead, count - 1)));
         const int32_t position = candidates[i].position;
-        const T* other = args_.points + args_.order[position] * args_.dims;
+        const T* other = point_at(i);
         const Key<T> key = Key<T>::make(squared_distance(point, other, args_.dims), position);
         if (key < nearest.worst()) nearest.insert(key);
       }

@@ -69,6 +69,7 @@ SearchArgs<T> search_args(const KnnSearch& search, int64_t cloud, int64_t points
   return {dims,
           const_data<T>(search.index.coordinates) + leaf * dims * kLeaf,
           const_data<int32_t>(search.index.order) + leaf * kLeaf,
+          points,
           (points + kLeaf - 1) / kLeaf,
           {slots, buffer, buffer_capacity(slots, points)},
           search.k,

@@ -32,7 +32,7 @@ struct SearchArgs {
   int64_t dims;
   const T* coordinates;  // of the points
   const int32_t* order;
-  int64_t leaves;
+  int64_t count, leaves;  // points in the index, and the leaves they fill
   KeySlots slots;
   int64_t k;
   bool exclude_self;
@@ -75,7 +75,7 @@ struct FeatureSearchArgs : SearchArgs<T> {
   const T* queries;  // (query rows, dims) as given
   int64_t capacity;  // candidates of a query
   T* tiles;          // (queries, dims) centred queries in the order that the product reads them
-  T* bounds;         // scratch: feature_bounds(capacity) values
+  T* sums;           // scratch: feature_sums(capacity) values
 };
 
 // So large that padding is ruled out once a list is full, yet below where the product form may overflow.
@@ -88,16 +88,16 @@ constexpr T padding_norm() {
 constexpr int kFeatureBlock = 3 * kLeaf;
 
 // Values up to `capacity`, and a vector more.
-constexpr int64_t feature_bounds(int64_t capacity) {
+constexpr int64_t feature_sums(int64_t capacity) {
   return capacity + 16;
 }
 
 // Limits that a tile may read beyond the last query.
 constexpr int64_t kLimitPad = 16;
 
-// Room for about three times the neighbours asked for costs the fewest cuts for the memory.
+// More room means fewer cuts, but also candidates that an earlier cut would have kept out.
 constexpr int64_t feature_capacity(int64_t slots) {
-  return slots <= kSortedSlots ? std::max<int64_t>(kLeaf, 3 * slots) : 2 * slots;
+  return slots <= kSortedSlots ? std::max<int64_t>(kLeaf, slots * 9 / 4 + 3) : 2 * slots;
 }
 
 // tree_search: the queries in leaves [begin, end) of the packed queries.
