@@ -5,6 +5,10 @@
 #include <cstdint>
 #include <type_traits>
 
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
 namespace avatar {
 namespace AVATAR_ISA {
 namespace {
@@ -41,6 +45,31 @@ inline Vector<T> load(const T* source) {
 template <typename T>
 inline void store(T* target, Vector<T> vector) {
   __builtin_memcpy(target, &vector, sizeof vector);
+}
+
+// The smaller lanes, those of b where neither is smaller.
+inline Vector<float> smaller(Vector<float> a, Vector<float> b) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_min_ps(0xffff, a, b);
+#elif defined(__AVX__)
+  return _mm256_min_ps(a, b);
+#elif defined(__SSE2__)
+  return _mm_min_ps(a, b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
+inline Vector<double> smaller(Vector<double> a, Vector<double> b) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_min_pd(0xff, a, b);
+#elif defined(__AVX__)
+  return _mm256_min_pd(a, b);
+#elif defined(__SSE2__)
+  return _mm_min_pd(a, b);
+#else
+  return a < b ? a : b;
+#endif
 }
 
 // The first `count` lanes.

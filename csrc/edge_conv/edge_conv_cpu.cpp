@@ -50,14 +50,14 @@ std::tuple<Tensor, Tensor> edge_conv_cpu(const Tensor& x_in, const Tensor& neigh
   dispatch_compute(x.scalar_type(), "edge_conv", [&](auto zero) {
     using T = decltype(zero);
     const EdgePlan<T> plan = EdgeFold<T>(weight, bias, scale, shift).plan(x, neighbors);
-    neighbor_products(plan, mutable_data<T>(products));
+    const bool ordered = neighbor_products(plan, mutable_data<T>(products));
     const int64_t input_tile = kBlockRows * plan.input_stride;
     for_each_block(plan, input_tile + kBlockRows * stride, [&](int64_t, const EdgeBlock& block, T* tile) {
       T* u = tile + input_tile;
       copy_centered_rows(plan, block, tile);
       own_products(plan, block, tile, u);
       const int64_t first_row = block.cloud * num_points;
-      const EdgeGatherArgs<T> args{edge_cloud(plan, const_data<T>(products), block.cloud),
+      const EdgeGatherArgs<T> args{edge_cloud(plan, const_data<T>(products), ordered, block.cloud),
                                    mutable_data<T>(output) + first_row * channels,
                                    keep_slots ? slots_at(plan, slots.mutable_data_ptr(), first_row) : nullptr,
                                    T(negative_slope),

@@ -55,7 +55,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> edge_conv_norm_cpu(
     for (int64_t o = 0; o < channels; ++o) {
       if (gamma[o] == 0) constant_channels.push_back(o);
     }
-    neighbor_products(plan, mutable_data<T>(products));
+    const bool ordered = neighbor_products(plan, mutable_data<T>(products));
     const int64_t input_tile = kBlockRows * plan.input_stride;
     std::vector<T> means(plan.blocks() * stride, 0), squares(plan.blocks() * stride, 0);
     std::vector<int64_t> counts(plan.blocks(), 0);
@@ -64,7 +64,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> edge_conv_norm_cpu(
       copy_centered_rows(plan, block, tile);
       own_products(plan, block, tile, u);
       const int64_t first_row = block.cloud * num_points;
-      const EdgeGatherArgs<T> args{edge_cloud(plan, const_data<T>(products), block.cloud),
+      const EdgeGatherArgs<T> args{edge_cloud(plan, const_data<T>(products), ordered, block.cloud),
                                    mutable_data<T>(output) + first_row * channels,
                                    keep_slots ? slots_at(plan, slots.mutable_data_ptr(), first_row) : nullptr,
                                    T(1),
@@ -146,7 +146,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> edge_conv_norm_backward_cpu(
     Tensor products = torch::stable::new_empty(x, shape), linear = torch::stable::new_empty(x, shape);
     Tensor centers = torch::stable::new_empty(x, shape), deviations = torch::stable::new_empty(x, shape);
     const T* q = const_data<T>(products);
-    neighbor_products(plan, mutable_data<T>(products));
+    const bool ordered = neighbor_products(plan, mutable_data<T>(products));
     std::vector<T> grad_sums(plan.blocks() * stride, 0), normalized_sums(plan.blocks() * stride, 0);
     const int64_t input_tile = kBlockRows * plan.input_stride;
     for_each_block(plan, input_tile + kBlockRows * stride, [&](int64_t n, const EdgeBlock& block, T* tile) {
@@ -154,7 +154,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> edge_conv_norm_backward_cpu(
       copy_centered_rows(plan, block, tile);
       own_products(plan, block, tile, u);
       const int64_t first_row = block.cloud * num_points;
-      const EdgeNormBackwardArgs<T> args{edge_cloud(plan, q, block.cloud),
+      const EdgeNormBackwardArgs<T> args{edge_cloud(plan, q, ordered, block.cloud),
                                          const_data<T>(grad) + first_row * channels,
                                          const_data<T>(output) + first_row * channels,
                                          slots_at(plan, slots.mutable_data_ptr(), first_row),

@@ -146,9 +146,10 @@ void copy_centered_rows(const EdgePlan<T>& plan, const EdgeBlock& block, T* tile
   copy_rows(plan, block, plan.reference.data() + block.cloud * plan.input_stride, tile);
 }
 
-// q of all points, padded.
+// q of all points, padded; returns whether it is free of NaN.
 template <typename T>
-void neighbor_products(const EdgePlan<T>& plan, T* q) {
+bool neighbor_products(const EdgePlan<T>& plan, T* q) {
+  std::atomic<bool> ordered{true};
   for_each_block(plan, kBlockRows * plan.input_stride, [&](int64_t, const EdgeBlock& block, T* tile) {
     copy_centered_rows(plan, block, tile);
     const MatrixProduct<T> product{
@@ -159,7 +160,11 @@ void neighbor_products(const EdgePlan<T>& plan, T* q) {
         plan.inputs, plan.stride,
         false};
     AVATAR_ISA_CALL(matrix_product, product);
+    int64_t unordered = 0;
+    for (int64_t i = 0; i < block.rows() * plan.stride; ++i) unordered += product.c[i] != product.c[i];
+    if (unordered) ordered.store(false, std::memory_order_relaxed);
   });
+  return ordered;
 }
 
 // u of a block, padded, from its centred rows.
@@ -177,13 +182,14 @@ void own_products(const EdgePlan<T>& plan, const EdgeBlock& block, const T* tile
 }
 
 template <typename T>
-EdgeCloud<T> edge_cloud(const EdgePlan<T>& plan, const T* q, int64_t cloud) {
+EdgeCloud<T> edge_cloud(const EdgePlan<T>& plan, const T* q, bool ordered, int64_t cloud) {
   return {q + cloud * plan.num_points * plan.stride,
           plan.neighbors + cloud * plan.num_points * plan.k,
           plan.num_points,
           plan.k,
           plan.channels,
-          plan.stride};
+          plan.stride,
+          ordered};
 }
 
 inline ScalarType slot_type(int64_t k) {

@@ -10,6 +10,8 @@ namespace {
 
 // Vectors of channels worked on at once: the running minima and slots stay in registers.
 constexpr int kPanelVectors = kVectorBytes == 64 ? 4 : 2;
+// The same where there is only a minimum to hold.
+constexpr int kWidePanelVectors = 8;
 
 template <typename Slot>
 constexpr Slot kNone = std::is_same_v<Slot, uint8_t> ? Slot(kNoByteSlot) : Slot(kNoSlot);
@@ -51,8 +53,8 @@ RowSlots row_slots(const int64_t* neighbors, int64_t k, int64_t num_points) {
   return found;
 }
 
-// Smallest q over the row's neighbours, the first on ties; NaN is smaller than all.
-template <int kVectors, bool kSlots, typename T>
+// Smallest q over the row's neighbours, the first on ties; NaN is smaller than all. kOrdered: there is no NaN.
+template <int kVectors, bool kSlots, bool kOrdered, typename T>
 void smallest(const T* q, int64_t stride, const int64_t* neighbors, int64_t first, int64_t k,
               Vector<T> (&best)[kVectors], Index<T> (&slots)[kVectors]) {
   constexpr int64_t kLanes = Lanes<T>::kCount;
@@ -63,15 +65,20 @@ void smallest(const T* q, int64_t stride, const int64_t* neighbors, int64_t firs
   for (int64_t slot = first + 1; slot < k; ++slot) {
     if (neighbors[slot] < 0) continue;
     const T* other = q + neighbors[slot] * stride;
+    const Index<T> here = Index<T>{} + typename Lanes<T>::Integer(slot);
     for (int v = 0; v < kVectors; ++v) {
       const Vector<T> candidate = load(other + v * kLanes);
       const Vector<T> seen = best[v];
-      const Vector<T> lower = candidate >= seen ? seen : candidate;
-      best[v] = seen == seen ? lower : seen;
-      if constexpr (kSlots) {
-        const Index<T> here = Index<T>{} + typename Lanes<T>::Integer(slot);
-        const Index<T> chosen = candidate >= seen ? slots[v] : here;
-        slots[v] = seen == seen ? chosen : slots[v];
+      if constexpr (kOrdered) {
+        best[v] = smaller(candidate, seen);
+        if constexpr (kSlots) slots[v] = candidate < seen ? here : slots[v];
+      } else {
+        const Vector<T> lower = candidate >= seen ? seen : candidate;
+        best[v] = seen == seen ? lower : seen;
+        if constexpr (kSlots) {
+          const Index<T> chosen = candidate >= seen ? slots[v] : here;
+          slots[v] = seen == seen ? chosen : slots[v];
+        }
       }
     }
   }
@@ -97,7 +104,7 @@ void row_statistics(const T* q, int64_t stride, const int64_t* neighbors, int64_
   }
 }
 
-template <int kVectors, typename Slot, typename T>
+template <int kVectors, bool kOrdered, typename Slot, typename T>
 void gather_panel(const EdgeGatherArgs<T>& args, int64_t row, int64_t column, const RowSlots& present,
                   const T* u, EdgeStatistics<T>* statistics) {
   constexpr int64_t kLanes = Lanes<T>::kCount;
@@ -107,11 +114,11 @@ void gather_panel(const EdgeGatherArgs<T>& args, int64_t row, int64_t column, co
   Vector<T> best[kVectors];
   Index<T> slots[kVectors];
   if (args.slots != nullptr) {
-    smallest<kVectors, true>(q, cloud.stride, neighbors, present.first, cloud.k, best, slots);
+    smallest<kVectors, true, kOrdered>(q, cloud.stride, neighbors, present.first, cloud.k, best, slots);
     Slot* target = static_cast<Slot*>(args.slots) + row * cloud.stride + column;
     for (int v = 0; v < kVectors; ++v) SlotLanes<T, Slot>::store(target + v * kLanes, slots[v]);
   } else {
-    smallest<kVectors, false>(q, cloud.stride, neighbors, present.first, cloud.k, best, slots);
+    smallest<kVectors, false, kOrdered>(q, cloud.stride, neighbors, present.first, cloud.k, best, slots);
   }
   Vector<T> center[kVectors];
   for (int v = 0; v < kVectors; ++v) {
@@ -140,11 +147,12 @@ void gather_panel(const EdgeGatherArgs<T>& args, int64_t row, int64_t column, co
   }
 }
 
-template <typename Slot, typename T>
+template <bool kOrdered, typename Slot, typename T>
 int64_t gather(const EdgeGatherArgs<T>& args, int64_t begin, int64_t end, const T* u,
                EdgeStatistics<T>* statistics) {
-  constexpr int64_t kPanel = kPanelVectors * Lanes<T>::kCount;
+  constexpr int64_t kPanel = kPanelVectors * Lanes<T>::kCount, kWidePanel = kWidePanelVectors * Lanes<T>::kCount;
   const EdgeCloud<T>& cloud = args.cloud;
+  const bool only_minimum = kOrdered && args.slots == nullptr && statistics == nullptr;
   for (int64_t row = begin; row < end; ++row, u += cloud.stride) {
     const int64_t* neighbors = cloud.neighbors + row * cloud.k;
     Slot* slots = args.slots == nullptr ? nullptr : static_cast<Slot*>(args.slots) + row * cloud.stride;
@@ -157,11 +165,16 @@ int64_t gather(const EdgeGatherArgs<T>& args, int64_t begin, int64_t end, const 
       continue;
     }
     int64_t column = 0;
+    if (only_minimum) {
+      for (; column + kWidePanel <= cloud.stride; column += kWidePanel) {
+        gather_panel<kWidePanelVectors, kOrdered, Slot>(args, row, column, present, u, statistics);
+      }
+    }
     for (; column + kPanel <= cloud.stride; column += kPanel) {
-      gather_panel<kPanelVectors, Slot>(args, row, column, present, u, statistics);
+      gather_panel<kPanelVectors, kOrdered, Slot>(args, row, column, present, u, statistics);
     }
     for (; column < cloud.stride; column += Lanes<T>::kCount) {
-      gather_panel<1, Slot>(args, row, column, present, u, statistics);
+      gather_panel<1, kOrdered, Slot>(args, row, column, present, u, statistics);
     }
     for (int64_t n = 0; n < args.num_first_channels; ++n) {
       const int64_t c = args.first_channels[n];
@@ -272,8 +285,12 @@ void reverse(const EdgeReverseArgs<T>& args, int64_t begin, int64_t end, T* grad
 template <typename T>
 int64_t gather_any(const EdgeGatherArgs<T>& args, int64_t begin, int64_t end, const T* u,
                    EdgeStatistics<T>* statistics) {
-  return args.cloud.k <= kByteSlots ? gather<uint8_t>(args, begin, end, u, statistics)
-                                    : gather<int32_t>(args, begin, end, u, statistics);
+  const auto run = [&](auto slot) {
+    using Slot = decltype(slot);
+    return args.cloud.ordered ? gather<true, Slot>(args, begin, end, u, statistics)
+                              : gather<false, Slot>(args, begin, end, u, statistics);
+  };
+  return args.cloud.k <= kByteSlots ? run(uint8_t{}) : run(int32_t{});
 }
 
 template <typename T>

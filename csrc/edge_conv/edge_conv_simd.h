@@ -22,6 +22,7 @@ struct EdgeCloud {
   const T* q;                // padded (num_points, stride)
   const int64_t* neighbors;  // (num_points, k), -1 for none
   int64_t num_points, k, channels, stride;
+  bool ordered;  // q holds no NaN
 };
 
 template <typename T>
