@@ -53,7 +53,8 @@ RowSlots row_slots(const int64_t* neighbors, int64_t k, int64_t num_points) {
   return found;
 }
 
-// Smallest q over the row's neighbours, the first on ties; NaN is smaller than all. kOrdered: there is no NaN.
+// Smallest q over the row's neighbours, the first on ties; NaN is smaller than all. kOrdered: there is no
+// NaN.
 template <int kVectors, bool kSlots, bool kOrdered, typename T>
 void smallest(const T* q, int64_t stride, const int64_t* neighbors, int64_t first, int64_t k,
               Vector<T> (&best)[kVectors], Index<T> (&slots)[kVectors]) {
@@ -150,7 +151,8 @@ void gather_panel(const EdgeGatherArgs<T>& args, int64_t row, int64_t column, co
 template <bool kOrdered, typename Slot, typename T>
 int64_t gather(const EdgeGatherArgs<T>& args, int64_t begin, int64_t end, const T* u,
                EdgeStatistics<T>* statistics) {
-  constexpr int64_t kPanel = kPanelVectors * Lanes<T>::kCount, kWidePanel = kWidePanelVectors * Lanes<T>::kCount;
+  constexpr int64_t kPanel = kPanelVectors * Lanes<T>::kCount,
+                    kWidePanel = kWidePanelVectors * Lanes<T>::kCount;
   const EdgeCloud<T>& cloud = args.cloud;
   const bool only_minimum = kOrdered && args.slots == nullptr && statistics == nullptr;
   for (int64_t row = begin; row < end; ++row, u += cloud.stride) {

@@ -145,7 +145,8 @@ class FeatureSearcher {
     const auto args_of = [&](int64_t n, Worker& worker) {
       return feature_args(clouds_[n], worker, tiles.get() + first_block[n] * kFeatureBlock * dims_);
     };
-    // Calls body(args, cloud, leaf, points) for every block, which are those in the cloud's leaves from `leaf` on.
+    // Calls body(args, cloud, leaf, points) for every block, which are those in the cloud's leaves from
+    // `leaf` on.
     const auto for_each_block = [&](const auto& body) {
       for_each_task(first_block.back(), [&](Worker& worker) {
         return [&](int64_t task) {
@@ -170,9 +171,11 @@ class FeatureSearcher {
         if (row >= blocks || column >= blocks) return;
         const std::unique_lock first(in_use[first_block[n] + std::min(row, column)]);
         const std::unique_lock second =
-            row == column ? std::unique_lock<std::mutex>() : std::unique_lock(in_use[first_block[n] + std::max(row, column)]);
+            row == column ? std::unique_lock<std::mutex>()
+                          : std::unique_lock(in_use[first_block[n] + std::max(row, column)]);
         constexpr int64_t kLeaves = kFeatureBlock / kLeaf;
-        AVATAR_ISA_CALL(feature_pair, args_of(n, worker), queries_of(cloud, 0), row * kLeaves, column * kLeaves);
+        AVATAR_ISA_CALL(feature_pair, args_of(n, worker), queries_of(cloud, 0), row * kLeaves,
+                        column * kLeaves);
       };
     });
     for_each_block([&](const FeatureSearchArgs<T>& args, int64_t cloud, int64_t leaf, int64_t points) {

@@ -1,6 +1,6 @@
 // Search in feature space: a tiled product of centred points gives |q - p|^2 = |q|^2 + |p|^2 - 2 q.p up to a
-// bounded error. What that bound cannot rule out gathers in a list per query, which is cut back when it is full;
-// at the end its members are measured again as the sum of squared differences, which alone decides.
+// bounded error. What that bound cannot rule out gathers in a list per query, which is cut back when it is
+// full; at the end its members are measured again as the sum of squared differences, which alone decides.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -74,8 +74,8 @@ struct ProductError {
     if (!(norm < limit && worst < limit && relative < T(0.25))) return kInfinity;
     return worst + relative * worst - norm + 2 * relative * norm + absolute;
   }
-  // At least the distance of q and p where point_term(|p|^2) - 2 q.p + far_term(|q|^2) is `sum`, and no less for
-  // larger sums: |p|^2 in the bound is itself at most 2 |q|^2 + 2 t.
+  // At least the distance of q and p where point_term(|p|^2) - 2 q.p + far_term(|q|^2) is `sum`, and no less
+  // for larger sums: |p|^2 in the bound is itself at most 2 |q|^2 + 2 t.
   T farthest(T sum) const { return sum < limit ? sum * (1 + 12 * relative) : kInfinity; }
   T far_term(T query_norm) const {
     if (!(query_norm < limit && relative < T(0.025))) return kInfinity;
@@ -104,8 +104,8 @@ inline void multiply_tile(const T* rows, const T* columns, int64_t dims,
   }
 }
 
-// A value that at least `rank` of the values, none negative, do not exceed, and not many more where they differ.
-// Room for a vector follows the values.
+// A value that at least `rank` of the values, none negative, do not exceed, and not many more where they
+// differ. Room for a vector follows the values.
 template <typename T>
 T upper_quantile(T* values, int count, int64_t rank) {
   using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
@@ -275,7 +275,9 @@ class CandidateLists {
       typename List::State state;
       List::reset(state, args_.slots);
       List nearest(state);
-      const auto point_at = [&](int i) { return args_.points + args_.order[candidates[i].position] * args_.dims; };
+      const auto point_at = [&](int i) {
+        return args_.points + args_.order[candidates[i].position] * args_.dims;
+      };
       const int count = queries_.counts[query];
       for (int i = 0; i < count; ++i) {
         prefetch(point_at(std::min(i + kAhead, count - 1)));
@@ -302,7 +304,12 @@ class BlockProduct {
   // The queries are those from `first` on, `terms` half of their point terms, needed with kBoth only.
   BlockProduct(const FeatureSearchArgs<T>& args, const FeatureQueries<T>& queries, int64_t first, int count,
                const T* terms)
-      : args_(args), limits_(queries.limits), lists_(args, queries), first_(first), count_(count), terms_(terms) {}
+      : args_(args),
+        limits_(queries.limits),
+        lists_(args, queries),
+        first_(first),
+        count_(count),
+        terms_(terms) {}
 
   void scan(int64_t leaf) {
     const T* columns = args_.coordinates + leaf * args_.dims * kLeaf;
@@ -452,19 +459,19 @@ void finish(const FeatureSearchArgs<T>& args, const FeatureQueries<T>& queries, 
 
 }  // namespace
 
-#define AVATAR_DEFINE(T)                                                                               \
-  void feature_search(const FeatureSearchArgs<T>& args, const FeatureQueries<T>& queries, int count) { \
-    search(args, queries, count);                                                                      \
-  }                                                                                                    \
-  void feature_pack(const FeatureSearchArgs<T>& args, int64_t leaf) {                                  \
-    pack(args, leaf);                                                                                  \
-  }                                                                                                    \
-  void feature_pair(const FeatureSearchArgs<T>& args, const FeatureQueries<T>& queries,                \
-                    int64_t row_leaf, int64_t column_leaf) {                                           \
-    search_pair(args, queries, row_leaf, column_leaf);                                                 \
-  }                                                                                                    \
-  void feature_finish(const FeatureSearchArgs<T>& args, const FeatureQueries<T>& queries, int count) { \
-    finish(args, queries, count);                                                                      \
+#define AVATAR_DEFINE(T)                                                                                  \
+  void feature_search(const FeatureSearchArgs<T>& args, const FeatureQueries<T>& queries, int count) {    \
+    search(args, queries, count);                                                                         \
+  }                                                                                                       \
+  void feature_pack(const FeatureSearchArgs<T>& args, int64_t leaf) {                                     \
+    pack(args, leaf);                                                                                     \
+  }                                                                                                       \
+  void feature_pair(const FeatureSearchArgs<T>& args, const FeatureQueries<T>& queries, int64_t row_leaf, \
+                    int64_t column_leaf) {                                                                \
+    search_pair(args, queries, row_leaf, column_leaf);                                                    \
+  }                                                                                                       \
+  void feature_finish(const FeatureSearchArgs<T>& args, const FeatureQueries<T>& queries, int count) {    \
+    finish(args, queries, count);                                                                         \
   }
 AVATAR_DEFINE(float)
 AVATAR_DEFINE(double)

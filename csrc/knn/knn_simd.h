@@ -103,15 +103,15 @@ constexpr int64_t feature_capacity(int64_t slots) {
 // tree_search: the queries in leaves [begin, end) of the packed queries.
 // feature_search: gathers the candidates of up to kFeatureBlock queries; packs their tiles first.
 // feature_pack, feature_pair: where a cloud's points are the queries, in the same order. The first packs the
-//   tiles of the block of kFeatureBlock points that begins with a leaf; the second multiplies two such blocks,
-//   or one with itself, and each product serves the queries of both.
+//   tiles of the block of kFeatureBlock points that begins with a leaf; the second multiplies two such
+//   blocks, or one with itself, and each product serves the queries of both.
 // feature_finish: measures the candidates of `count` queries and writes their rows of distances and indices.
-#define AVATAR_DECLARE_TYPE(T)                                                                               \
-  void tree_search(const TreeSearchArgs<T>& args, int64_t begin, int64_t end);                               \
-  void feature_search(const FeatureSearchArgs<T>& args, const FeatureQueries<T>& queries, int count);        \
-  void feature_pack(const FeatureSearchArgs<T>& args, int64_t leaf);                                         \
-  void feature_pair(const FeatureSearchArgs<T>& args, const FeatureQueries<T>& queries, int64_t row_leaf,    \
-                    int64_t column_leaf);                                                                    \
+#define AVATAR_DECLARE_TYPE(T)                                                                            \
+  void tree_search(const TreeSearchArgs<T>& args, int64_t begin, int64_t end);                            \
+  void feature_search(const FeatureSearchArgs<T>& args, const FeatureQueries<T>& queries, int count);     \
+  void feature_pack(const FeatureSearchArgs<T>& args, int64_t leaf);                                      \
+  void feature_pair(const FeatureSearchArgs<T>& args, const FeatureQueries<T>& queries, int64_t row_leaf, \
+                    int64_t column_leaf);                                                                 \
   void feature_finish(const FeatureSearchArgs<T>& args, const FeatureQueries<T>& queries, int count);
 #define AVATAR_DECLARE(ISA)   \
   namespace ISA {             \
