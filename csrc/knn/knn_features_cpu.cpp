@@ -20,15 +20,17 @@ class FeatureSearcher {
         query_order_(const_data<int32_t>(queries.order)),
         distances_(distances),
         indices_(indices) {
-    int64_t most_slots = 0;
+    int64_t most_slots = 0, most_places = 0;
     for (int64_t cloud = 0; cloud < search.clouds.count(); ++cloud) {
       const int64_t slots = slots_of(search.k, counts_[cloud]);
       if (!slots || !query_counts_[cloud]) continue;
       clouds_.push_back(cloud);
       most_slots = std::max(most_slots, slots);
+      most_places = std::max(most_places, (counts_[cloud] + kLeaf - 1) / kLeaf * kLeaf);
       buffer_capacity_ = std::max(buffer_capacity_, buffer_capacity(slots, counts_[cloud]));
     }
-    capacity_ = feature_capacity(most_slots);
+    // A list that all points fit in is never full.
+    capacity_ = std::min(feature_capacity(most_slots), most_places + 1);
   }
 
   void run() const {

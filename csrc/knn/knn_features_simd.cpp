@@ -54,10 +54,11 @@ T squared_distance(const T* a, const T* b, int64_t dims) {
 
 // Rounding of the product form. With u the unit roundoff, the centred norms |q|, |p| and the distance t
 // measured directly, the product form differs from t by at most
-//   (dims + 8) u (|q| + |p|)^2 + (dims + 8) u t  +  4 u (|q| + |p|) sqrt(t)
-// (Higham, Accuracy and Stability of Numerical Algorithms, 3.1, for the sums; the last term is the rounding
-// of the centring), and (|q| + |p|)^2 <= 2 |q|^2 + 2 |p|^2. `relative` covers all three with room to spare,
-// `absolute` what underflow loses, flushed to zero or not. Above `limit` something may overflow.
+//   (dims + 8) u ((|q| + |p|)^2 + max(|q|, |p|)^2) + (dims + 8) u t  +  4 u (|q| + |p|) sqrt(t)
+// (Higham, Accuracy and Stability of Numerical Algorithms, 3.1, for the sums, of which the product's begins
+// with one of the norms; the last term is the rounding of the centring), and (|q| + |p|)^2 <= 2 |q|^2 + 2
+// |p|^2. `relative` covers all three with room to spare, `absolute` what underflow loses, flushed to zero or
+// not. Above `limit` something may overflow.
 template <typename T>
 struct ProductError {
   explicit ProductError(int64_t dims)
