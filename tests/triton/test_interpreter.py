@@ -26,7 +26,13 @@ ATTENTION = (
     # On the CPU, torch's products per point may depend on it.
     " and not same_bits_for_any_thread_count"
 )
-SELECTIONS = {"local_attention_pool": ATTENTION, "edge_moments": ATTENTION}
+# Images large enough for the CPU's form of the convolution say nothing new about these kernels.
+CONVOLUTION = "not plain-tiles"
+SELECTIONS = {
+    "local_attention_pool": ATTENTION,
+    "edge_moments": ATTENTION,
+    "modulated_conv2d": CONVOLUTION,
+}
 
 
 def source_of(op: str) -> Path:
