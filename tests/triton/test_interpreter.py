@@ -26,8 +26,8 @@ ATTENTION = (
     # On the CPU, torch's products per point may depend on it.
     " and not same_bits_for_any_thread_count"
 )
-# Images large enough for the CPU's form of the convolution say nothing new about these kernels.
-CONVOLUTION = "not plain-tiles"
+# Images large enough for the form that the CPU has of its own say nothing about these kernels.
+CONVOLUTION = "not plain-tiles and not winograd and not plain-40"
 SELECTIONS = {
     "local_attention_pool": ATTENTION,
     "edge_moments": ATTENTION,
