@@ -8,8 +8,9 @@ BUILD_TOOLS := "setuptools>=77" wheel "pybind11>=2.12" ninja "cmake>=3.25" numpy
 NATIVE_SOURCES := CMakeLists.txt setup.py $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.cmake')
 NATIVE_FORMATTED := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 SANITIZE := build/sanitize
+EMULATED := build/avx512
 
-.PHONY: setup demo test lint format bench sanitize cuda-sanitize cuda-coverage wheel clean
+.PHONY: setup demo test avx512 lint format bench plots sanitize cuda-sanitize cuda-coverage wheel clean
 
 setup: $(VENV)/built $(VENV)/extra-avatar $(VENV)/extra-dev
 
@@ -36,6 +37,13 @@ demo: $(VENV)/built $(VENV)/extra-avatar
 test: setup
 	$(BIN)/python -m pytest $(TEST)
 
+# The op tests on the AVX-512 kernels, which need no more than AVX2 here; without torch's compilers.
+avx512: setup
+	AVATAR_OPS_EMULATE_AVX512=1 AVATAR_OPS_CUDA=OFF AVATAR_OPS_BUILD_DIR=$(EMULATED)/cmake \
+	  $(BIN)/python setup.py --quiet build --build-lib $(EMULATED)/lib
+	PYTHONPATH=$(EMULATED)/lib $(BIN)/pytest tests/ops --isa avx512 \
+	  -k "not compile and not export and not opcheck" $(TEST)
+
 lint: $(VENV)/extra-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -51,6 +59,11 @@ bench: $(VENV)/built $(VENV)/extra-bench $(VENV)/extra-dev
 	mkdir -p build
 	$(BIN)/python -m pytest benchmarks --benchmark-json=build/bench.json --benchmark-columns=median,iqr $(BENCH)
 	$(BIN)/python benchmarks/report.py build/bench.json
+
+# Keeps the figures of the last `make bench` with those of earlier ones and draws them all.
+plots: $(VENV)/extra-bench
+	$(BIN)/python benchmarks/report.py build/bench.json --merge benchmarks/results.json
+	$(BIN)/python benchmarks/plots.py benchmarks/results.json benchmarks/plots
 
 # The op tests on a build with AddressSanitizer and UndefinedBehaviorSanitizer, leaving out torch's compilers.
 sanitize: setup

@@ -4,6 +4,8 @@ Environment:
     AVATAR_OPS_CUDA       AUTO (default: when nvcc is found), ON or OFF.
     TORCH_CUDA_ARCH_LIST  CUDA architectures, default "8.0;9.0;10.0+PTX".
     AVATAR_OPS_SANITIZE   1 builds with AddressSanitizer and UndefinedBehaviorSanitizer.
+    AVATAR_OPS_EMULATE_AVX512
+                          1 makes the AVX-512 kernels run on AVX2, for tests.
     AVATAR_OPS_BUILD_DIR  build folder, default build/cmake.
 """
 
@@ -31,7 +33,10 @@ class CMakeBuild(build_ext):
             "Python_EXECUTABLE": sys.executable,
             "AVATAR_OPS_CUDA": os.environ.get("AVATAR_OPS_CUDA", "AUTO").upper(),
             "AVATAR_OPS_CUDA_ARCHITECTURES": ";".join(architectures.replace(";", " ").split()),
-            "AVATAR_OPS_SANITIZE": "ON" if os.environ.get("AVATAR_OPS_SANITIZE") == "1" else "OFF",
+            **{
+                name: "ON" if os.environ.get(name) == "1" else "OFF"
+                for name in ("AVATAR_OPS_SANITIZE", "AVATAR_OPS_EMULATE_AVX512")
+            },
         }
         arguments = [f"-D{name}={value}" for name, value in options.items()]
         # cmake and ninja may come from packages beside this interpreter.
