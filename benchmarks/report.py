@@ -1,57 +1,112 @@
-"""Prints the JSON that pytest-benchmark wrote as a table: each case against its best peer."""
+"""Prints the JSON that pytest-benchmark wrote as a table: each case against its best peer.
+
+python benchmarks/report.py build/bench.json
+python benchmarks/report.py build/bench.json --merge benchmarks/results.json   and keep the figures there
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
+import os
+import re
+from pathlib import Path
 
 
-def best_peer(ratios: dict[str, float]) -> str:
-    """`3.2x scipy cKDTree`: the peer that comes closest, and how many times as long it takes."""
-    if not ratios:
-        return "-"
-    name = min(ratios, key=ratios.get)
-    return f"{ratios[name]:.2f}x {name}"
+def best_peer(ratios: dict[str, float]) -> tuple[float, str] | None:
+    """The peer that comes closest: how many times as long it takes, and its name; None without peers."""
+    return min(((ratio, name) for name, ratio in ratios.items()), default=None)
 
 
-def memory_ratio(peaks: dict[str, int | None]) -> str:
-    """The leanest peer's peak extra memory over ours."""
-    peers = {name: peak for name, peak in peaks.items() if name != "ours" and peak is not None}
-    if peaks.get("ours") is None or not peers:
-        return "-"
-    name = min(peers, key=peers.get)
-    return f"{peers[name] / max(peaks['ours'], 1 << 16):.1f}x {name}"
+def leanest_peer(peaks: dict[str, int | None]) -> tuple[float, str] | None:
+    """The leanest peer's peak extra memory over ours, and its name; None where it was not measured."""
+    own = peaks.get("ours")
+    sides = ((peak, name) for name, peak in peaks.items() if name != "ours" and peak is not None)
+    peak, name = min(sides, default=(None, ""))
+    return None if own is None or peak is None else (peak / max(own, 1 << 16), name)
 
 
-def main(path: str) -> None:
-    with open(path) as file:
-        report = json.load(file)
+def times(found: tuple[float, str] | None, digits: int) -> str:
+    return f"{found[0]:.{digits}f}x {found[1]}" if found else "-"
+
+
+def read_cases(report: dict) -> dict[str, dict]:
+    """Case name -> file, threads, seconds, ratios and memory, with what machine and versions they come from."""
     machine = report["machine_info"]
-    processor = machine["cpu"].get("brand_raw", machine["processor"])
-    copy, product = machine["copy_gigabytes_per_second"], machine["matmul_gigaflops"]
-    print(f"{processor}, {machine['isa']}, torch {machine['torch']}")
-    print(f"copy {copy:.1f} GB/s, float32 matrix product {product:.0f} GFLOP/s\n")
-    rows = [("case", "1 thread", f"{machine['threads']} threads", "memory", "ms (1 thread)")]
+    kept = ("isa", "torch", "copy_gigabytes_per_second", "matmul_gigaflops")
+    origin = {
+        "processor": machine["cpu"].get("brand_raw", machine["processor"]),
+        **{name: machine[name] for name in kept},
+    }
+    cases = {}
     for benchmark in report["benchmarks"]:
-        info = benchmark["extra_info"]
-        if "ratios" not in info:
-            continue
+        info = dict(benchmark["extra_info"])
+        if "ratios" in info:
+            file = benchmark["fullname"].split("::")[0]
+            cases[info.pop("name")] = {
+                "file": Path(file).stem.removeprefix("bench_"),
+                **info,
+                "origin": origin,
+            }
+    return cases
+
+
+def table(cases: dict[str, dict]) -> str:
+    """Best peer over ours with one thread and with all, as Markdown."""
+    all_threads = max(case["threads"] for case in cases.values())
+    rows = [("case", "1 thread", f"{all_threads} threads", "memory", "ms (1 thread)")]
+    for name, case in cases.items():
         rows.append(
             (
-                info["name"],
-                best_peer(info["ratios"]["1"]),
-                best_peer(info["ratios"][str(info["threads"])]),
-                memory_ratio(info.get("peak_extra_bytes", {})),
-                f"{info['seconds']['1'] * 1e3:.2f}",
+                name,
+                times(best_peer(case["ratios"]["1"]), 2),
+                times(best_peer(case["ratios"][str(case["threads"])]), 2),
+                times(leanest_peer(case.get("peak_extra_bytes", {})), 1),
+                f"{case['seconds']['1'] * 1e3:.2f}",
             )
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for number, row in enumerate(rows):
-        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |")
-        if number == 0:
-            print("|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+        for row in rows
+    ]
+    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+
+
+def natural(name: str) -> list:
+    """A key that sorts numbers within names by their value."""
+    return [(part.isdigit(), int(part) if part.isdigit() else part) for part in re.split(r"(\d+)", name)]
+
+
+def merge(cases: dict[str, dict], path: Path) -> None:
+    """Replaces these cases among those of the file, which appears whole or not at all."""
+    known = json.loads(path.read_text()) if path.exists() else {}
+    temporary = path.with_suffix(".tmp")
+    merged = {**known, **cases}
+    ordered = {name: merged[name] for name in sorted(merged, key=natural)}
+    temporary.write_text(json.dumps(ordered, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("report", type=Path, help="JSON of pytest-benchmark")
+    parser.add_argument("--merge", type=Path, metavar="FILE", help="keep the figures in this JSON file")
+    arguments = parser.parse_args()
+    cases = read_cases(json.loads(arguments.report.read_text()))
+    if not cases:
+        raise SystemExit(f"{arguments.report}: no case with ratios")
+    origin = next(iter(cases.values()))["origin"]
+    print(f"{origin['processor']}, {origin['isa']}, torch {origin['torch']}")
+    copy, product = origin["copy_gigabytes_per_second"], origin["matmul_gigaflops"]
+    print(f"copy {copy:.1f} GB/s, float32 matrix product {product:.0f} GFLOP/s\n")
+    print(table(cases))
     print("\nBest peer over ours, medians of paired rounds: above 1, ours is faster or leaner.")
+    if arguments.merge:
+        merge(cases, arguments.merge)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main()
