@@ -218,10 +218,16 @@ class _Layers:
 
 
 class _LayerGradients:
-    """Gradients in what _Layers holds, added up over tiles."""
+    """Gradients in what _Layers holds, added up over tiles, or as the kernel gives them from a seed."""
 
-    def __init__(self, layers: _Layers):
+    def __init__(self, layers: _Layers, seed: tuple | None = None):
         self.layers = layers
+        if seed is not None:
+            self.p, self.q, weights, self.scales, self.shifts = torch.ops.avatar_ops.edge_layers_backward(
+                *seed, *layers.native()
+            )
+            self.weights = [None, *weights]
+            return
         self.p, self.q = torch.zeros_like(layers.p), torch.zeros_like(layers.q)
         self.weights, self.scales, self.shifts = (
             [torch.zeros_like(t) for t in part] for part in (layers.weights, layers.scales, layers.shifts)
@@ -241,11 +247,6 @@ class _LayerGradients:
             grad = self.through_activation(depth - 1, grad, linears[depth - 1], activations[depth - 1])
         self.p[tile.rows] += grad.sum(1)
         self.q.index_add_(0, tile.points.flatten(), grad.flatten(0, 1), alpha=-1)
-
-    def take(self, grad_p: Tensor, grad_q: Tensor, weights: list, scales: list, shifts: list) -> None:
-        """What the kernel on tiles gives."""
-        self.p, self.q = grad_p, grad_q
-        self.weights[1:], self.scales, self.shifts = weights, scales, shifts
 
     def result(self, x: Tensor, weights, scales, shifts):
         """The gradients in the dtypes of the op's inputs."""
@@ -341,12 +342,11 @@ def _edge_mlp(x, neighbors, weights, scales, shifts, negative_slope, keep_slots)
 @_kernel
 def _edge_mlp_backward(grad, slots, x, neighbors, weights, scales, shifts, negative_slope):
     layers = _Layers(x, neighbors, weights, scales, shifts, negative_slope)
-    grads = _LayerGradients(layers)
     grad, slots = grad.flatten(0, 1).to(layers.x.dtype), slots.flatten(0, 1)
     if has_tile_kernels(x):
         seed = (grad.contiguous(), slots.contiguous(), None, None)
-        grads.take(*torch.ops.avatar_ops.edge_layers_backward(*seed, *layers.native()))
-        return grads.result(x, weights, scales, shifts)
+        return _LayerGradients(layers, seed).result(x, weights, scales, shifts)
+    grads = _LayerGradients(layers)
     for tile in layers.tiles():
         linears, activations = layers.run(tile)
         slot = slots[tile.rows].unsqueeze(1)
@@ -387,13 +387,12 @@ def _edge_mlp_statistics_backward(
     grad_mean, grad_variance, count, mean, x, neighbors, weights, scales, shifts, negative_slope
 ):
     layers = _Layers(x, neighbors, weights, scales, shifts, negative_slope)
-    grads = _LayerGradients(layers)
     edges = count.clamp(min=1)
     if has_tile_kernels(x):
         factor = 2 * grad_variance / edges
         seed = (None, None, grad_mean / edges - factor * mean, factor)
-        grads.take(*torch.ops.avatar_ops.edge_layers_backward(*seed, *layers.native()))
-        return grads.result(x, weights, scales, shifts)
+        return _LayerGradients(layers, seed).result(x, weights, scales, shifts)
+    grads = _LayerGradients(layers)
     for tile in layers.tiles():
         linears, activations = layers.run(tile)
         grad = (grad_mean + 2 * grad_variance * (linears[-1] - mean)) / edges

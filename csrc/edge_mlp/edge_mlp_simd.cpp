@@ -102,17 +102,24 @@ class Tile {
 
   void moments(T* mean, T* squares) const {
     const int64_t last = args_.count - 1, stride = args_.layers[last].stride;
-    for (int64_t c = 0; c < stride; c += kLanes) {
-      const T* column = scratch_.linears[last] + c;
-      Vector<T> sum{}, square{};
-      for (int64_t e = 0; e < edges_; ++e) sum += load(column + e * stride);
-      const Vector<T> center = sum / splat(static_cast<T>(std::max<int64_t>(edges_, 1)));
+    const Vector<T> edges = splat(static_cast<T>(std::max<int64_t>(edges_, 1)));
+    for (int64_t c = 0; c < stride; c += kColumnPad) {
+      const T* columns = scratch_.linears[last] + c;
+      Vector<T> centers[kPanel] = {}, sums[kPanel] = {};
       for (int64_t e = 0; e < edges_; ++e) {
-        const Vector<T> deviation = load(column + e * stride) - center;
-        square += deviation * deviation;
+        for (int v = 0; v < kPanel; ++v) centers[v] += load(columns + e * stride + v * kLanes);
       }
-      store(mean + c, center);
-      store(squares + c, square);
+      for (int v = 0; v < kPanel; ++v) centers[v] /= edges;
+      for (int64_t e = 0; e < edges_; ++e) {
+        for (int v = 0; v < kPanel; ++v) {
+          const Vector<T> deviation = load(columns + e * stride + v * kLanes) - centers[v];
+          sums[v] += deviation * deviation;
+        }
+      }
+      for (int v = 0; v < kPanel; ++v) {
+        store(mean + c + v * kLanes, centers[v]);
+        store(squares + c + v * kLanes, sums[v]);
+      }
     }
   }
 
@@ -120,19 +127,25 @@ class Tile {
   void through_activation(int64_t l, T* grad, const EdgeMlpGradients<T>& gradients) const {
     const EdgeMlpLayer<T>& layer = args_.layers[l];
     const Vector<T> slope = splat(args_.negative_slope);
-    for (int64_t c = 0; c < layer.stride; c += kLanes) {
-      Vector<T> of_scale{}, of_shift{};
-      const Vector<T> scale = load(layer.scale + c);
+    for (int64_t c = 0; c < layer.stride; c += kColumnPad) {
+      Vector<T> of_scale[kPanel] = {}, of_shift[kPanel] = {}, scale[kPanel];
+      for (int v = 0; v < kPanel; ++v) scale[v] = load(layer.scale + c + v * kLanes);
       for (int64_t e = 0; e < edges_; ++e) {
-        const int64_t at = e * layer.stride + c;
-        const Vector<T> value = load(grad + at);
-        const Vector<T> through = load(scratch_.activations[l] + at) > T(0) ? value : value * slope;
-        of_scale += through * load(scratch_.linears[l] + at);
-        of_shift += through;
-        store(grad + at, through * scale);
+        for (int v = 0; v < kPanel; ++v) {
+          const int64_t at = e * layer.stride + c + v * kLanes;
+          const Vector<T> value = load(grad + at);
+          const Vector<T> through = load(scratch_.activations[l] + at) > T(0) ? value : value * slope;
+          of_scale[v] += through * load(scratch_.linears[l] + at);
+          of_shift[v] += through;
+          store(grad + at, through * scale[v]);
+        }
       }
-      store(gradients.scales[l] + c, load(gradients.scales[l] + c) + of_scale);
-      store(gradients.shifts[l] + c, load(gradients.shifts[l] + c) + of_shift);
+      for (int v = 0; v < kPanel; ++v) {
+        T* scales = gradients.scales[l] + c + v * kLanes;
+        T* shifts = gradients.shifts[l] + c + v * kLanes;
+        store(scales, load(scales) + of_scale[v]);
+        store(shifts, load(shifts) + of_shift[v]);
+      }
     }
   }
 
@@ -221,6 +234,8 @@ class Tile {
 
  private:
   static constexpr int64_t kLanes = Lanes<T>::kCount;
+  // Vectors of the columns that are worked on together.
+  static constexpr int kPanel = kColumnPad / kLanes;
 
   T through(const EdgeMlpLayer<T>& layer, int64_t l, int64_t c, T linear, T grad,
             const EdgeMlpGradients<T>& gradients) const {
