@@ -110,7 +110,6 @@ class LaneSearch {
     const float* points = args_.coordinates + first_leaf_ * dims() * kLeaf;
     const int32_t* order = args_.order + first_leaf_ * kLeaf;
     const FloatVector infinity = broadcast(std::numeric_limits<float>::infinity());
-    worst_ = 0;
     for (int v = 0; v * kLanes < count_; ++v) {
       FloatVector query[kMaxDims];
       for (int d = 0; d < dims(); ++d) query[d] = load(queries_ + d * kLeaf + v * kLanes);
@@ -168,8 +167,17 @@ class LaneSearch {
     }
   }
 
+  // What the group as a whole needs.
   void find_worst() {
-    worst_ = *std::max_element(limits_, limits_ + (count_ + kLanes - 1) / kLanes * kLanes);
+    worst_ = -1, worst_row_ = -1;
+    for (int q = 0; q < count_; ++q) worst_ = std::max(worst_, limits_[q]);
+    for (int q = 0; q < count_; ++q) {
+      worst_row_ = std::max(worst_row_, limits_[q] == worst_ ? limit_rows_[q] : -1);
+    }
+  }
+
+  bool useful(const Node& node) const {
+    return node.bound < worst_ || (node.bound == worst_ && args_.lowest[node.id] < worst_row_);
   }
 
   // Nearest leaves first; what is pending is dropped once no query of the group can gain by it.
@@ -181,14 +189,14 @@ class LaneSearch {
     stack[pending++] = node(0, 0, args_.leaves);
     while (pending) {
       const Node top = stack[--pending];
-      if (top.bound > worst_) continue;
+      if (!useful(top)) continue;
       if (top.end - top.begin > 1) {
         const Node left = left_of(top), right = right_of(top);
         const bool left_first = !(right.bound < left.bound);
         stack[pending] = left_first ? right : left;
-        pending += stack[pending].bound <= worst_;
+        pending += useful(stack[pending]);
         stack[pending] = left_first ? left : right;
-        pending += stack[pending].bound <= worst_;
+        pending += useful(stack[pending]);
         continue;
       }
       if (top.begin == first_leaf_) continue;
@@ -321,6 +329,7 @@ class LaneSearch {
   int64_t first_leaf_;
   float low_[kMaxDims], high_[kMaxDims];
   float worst_;
+  int32_t worst_row_;
   int candidates_;
   int64_t candidate_ids_[kCandidates], candidate_leaves_[kCandidates];
   alignas(kVectorBytes) float limits_[kLeaf];
