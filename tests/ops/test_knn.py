@@ -113,9 +113,9 @@ def cloud_of(kind, count):
 
 
 @pytest.mark.parametrize("kind", ["block", "far clusters", "outliers", "scales", "line"])
-@pytest.mark.parametrize("k", [1, 8, 9, 16, 20, 32, 33])
+@pytest.mark.parametrize("k", [1, 8, 16, 20, 33])
 def test_equals_brute_force_over_many_leaves(kind, k, isa):
-    points = cloud_of(kind, 1500)
+    points = cloud_of(kind, 600)
     queries = points[::7] + 1
     # Sums of squares of very different size are rounded, and not alike on every instruction set.
     tolerance = 1e-6 if kind == "scales" else 0.0
