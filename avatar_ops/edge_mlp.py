@@ -1,8 +1,8 @@
 """EdgeConv with several layers per edge: schemas, functions, kernels on tiles of edges, fakes, autograd.
 
-The first layer is split into products per point, which torch computes. What follows runs over tiles of edges: one
-tile's exist at a time, and the backward pass computes them again, so memory is O(N * (C + O)). On the CPU native
-kernels do that, elsewhere torch ops.
+The first layer is split into products per point, which torch computes. What follows runs over tiles of
+edges: one tile's exist at a time, and the backward pass computes them again, so memory is O(N * (C + O)). On
+the CPU native kernels do that, elsewhere torch ops.
 """
 
 from __future__ import annotations
@@ -46,15 +46,15 @@ define(
     "Tensor x, Tensor neighbors, Tensor[] weights, Tensor[] scales, Tensor[] shifts, float negative_slope) "
     "-> (Tensor, Tensor[], Tensor[], Tensor[])"
 )
-# The layers on tiles of edges, from p and q (R, O_1), the first layer of an edge being p_i - q_j, and points (R, K)
-# int64 rows of q or -1; weights are those after the first, all in the compute dtype.
+# The layers on tiles of edges, from p and q (R, O_1), the first layer of an edge being p_i - q_j, and points
+# (R, K) int64 rows of q or -1; weights are those after the first, all in the compute dtype.
 define(
     "edge_layers(Tensor p, Tensor q, Tensor points, Tensor[] weights, Tensor[] scales, Tensor[] shifts, "
     "float negative_slope, bool keep_slots) -> (Tensor output, Tensor slots)"
 )
 define(
-    "edge_layers_statistics(Tensor p, Tensor q, Tensor points, Tensor[] weights, Tensor[] scales, Tensor[] shifts, "
-    "float negative_slope) -> (Tensor mean, Tensor variance, Tensor count)"
+    "edge_layers_statistics(Tensor p, Tensor q, Tensor points, Tensor[] weights, Tensor[] scales, "
+    "Tensor[] shifts, float negative_slope) -> (Tensor mean, Tensor variance, Tensor count)"
 )
 # Of the maximum, from its gradient and slots, or of the last linear layer, whose gradient on every edge is
 # constant + factor times the layer.
