@@ -1,7 +1,8 @@
 """EdgeConv with several layers per edge: schemas, functions, kernels on tiles of edges, fakes, autograd.
 
-The kernels are torch ops over tiles of points, for any device: the edges of one tile exist at a time, and
-the backward pass computes them again, so memory is O(N * (C + O)).
+The first layer is split into products per point, which torch computes. What follows runs over tiles of
+edges: one tile's exist at a time, and the backward pass computes them again, so memory is O(N * (C + O)). On
+the CPU native kernels do that, elsewhere torch ops.
 """
 
 from __future__ import annotations
@@ -44,6 +45,23 @@ define(
     "edge_mlp_statistics_backward(Tensor grad_mean, Tensor grad_variance, Tensor count, Tensor mean, "
     "Tensor x, Tensor neighbors, Tensor[] weights, Tensor[] scales, Tensor[] shifts, float negative_slope) "
     "-> (Tensor, Tensor[], Tensor[], Tensor[])"
+)
+# The layers on tiles of edges, from p and q (R, O_1), the first layer of an edge being p_i - q_j, and points
+# (R, K) int64 rows of q or -1; weights are those after the first, all in the compute dtype.
+define(
+    "edge_layers(Tensor p, Tensor q, Tensor points, Tensor[] weights, Tensor[] scales, Tensor[] shifts, "
+    "float negative_slope, bool keep_slots) -> (Tensor output, Tensor slots)"
+)
+define(
+    "edge_layers_statistics(Tensor p, Tensor q, Tensor points, Tensor[] weights, Tensor[] scales, "
+    "Tensor[] shifts, float negative_slope) -> (Tensor mean, Tensor variance, Tensor count)"
+)
+# Of the maximum, from its gradient and slots, or of the last linear layer, whose gradient on every edge is
+# constant + factor times the layer.
+define(
+    "edge_layers_backward(Tensor? grad, Tensor? slots, Tensor? constant, Tensor? factor, Tensor p, Tensor q, "
+    "Tensor points, Tensor[] weights, Tensor[] scales, Tensor[] shifts, float negative_slope) "
+    "-> (Tensor, Tensor, Tensor[], Tensor[], Tensor[])"
 )
 
 
@@ -175,6 +193,12 @@ class _Layers:
         self.q = self.centered @ self.neighbor.T
         self.p = self.x @ self.own.T + self.q
 
+    def native(self) -> tuple:
+        """Arguments of the kernels on tiles, from p on."""
+        points = torch.where(self.valid.squeeze(2), self.points, -1)
+        layers = (self.weights[1:], self.scales, self.shifts)
+        return self.p.contiguous(), self.q.contiguous(), points.contiguous(), *layers, self.negative_slope
+
     def tiles(self) -> Iterator[_Tile]:
         width = max(weight.shape[0] for weight in self.weights)
         size = max(1, TILE_ELEMENTS // max(1, self.k * width))
@@ -194,10 +218,16 @@ class _Layers:
 
 
 class _LayerGradients:
-    """Gradients in what _Layers holds, added up over tiles."""
+    """Gradients in what _Layers holds, added up over tiles, or as the kernel gives them from a seed."""
 
-    def __init__(self, layers: _Layers):
+    def __init__(self, layers: _Layers, seed: tuple | None = None):
         self.layers = layers
+        if seed is not None:
+            self.p, self.q, weights, self.scales, self.shifts = torch.ops.avatar_ops.edge_layers_backward(
+                *seed, *layers.native()
+            )
+            self.weights = [None, *weights]
+            return
         self.p, self.q = torch.zeros_like(layers.p), torch.zeros_like(layers.q)
         self.weights, self.scales, self.shifts = (
             [torch.zeros_like(t) for t in part] for part in (layers.weights, layers.scales, layers.shifts)
@@ -271,6 +301,10 @@ def _reference_points(x: Tensor, neighbors: Tensor) -> Tensor:
     return torch.where(median.isnan(), 0, median)
 
 
+def has_tile_kernels(x: Tensor) -> bool:
+    return x.device.type == "cpu"
+
+
 def _kernel(function):
     """Registers the kernel of the op of this name for any device; it runs in the dtypes that it is given."""
 
@@ -287,6 +321,10 @@ def _kernel(function):
 def _edge_mlp(x, neighbors, weights, scales, shifts, negative_slope, keep_slots):
     layers = _Layers(x, neighbors, weights, scales, shifts, negative_slope)
     channels = weights[-1].shape[0]
+    shape = (*x.shape[:2], channels)
+    if has_tile_kernels(x):
+        output, slots = torch.ops.avatar_ops.edge_layers(*layers.native(), keep_slots)
+        return output.view(shape).to(x.dtype), slots.view(shape if keep_slots else (0,))
     output = layers.x.new_zeros(layers.x.shape[0], channels)
     slots = x.new_full((layers.x.shape[0] if keep_slots else 0, channels), -1, dtype=torch.int32)
     for tile in layers.tiles():
@@ -298,15 +336,17 @@ def _edge_mlp(x, neighbors, weights, scales, shifts, negative_slope, keep_slots)
         output[tile.rows] = values.squeeze(0)
         if keep_slots:
             slots[tile.rows] = torch.where(argmax >= 0, argmax % layers.k, -1).squeeze(0).int()
-    shape = (*x.shape[:2], channels)
     return output.view(shape).to(x.dtype), slots.view(shape if keep_slots else (0,))
 
 
 @_kernel
 def _edge_mlp_backward(grad, slots, x, neighbors, weights, scales, shifts, negative_slope):
     layers = _Layers(x, neighbors, weights, scales, shifts, negative_slope)
-    grads = _LayerGradients(layers)
     grad, slots = grad.flatten(0, 1).to(layers.x.dtype), slots.flatten(0, 1)
+    if has_tile_kernels(x):
+        seed = (grad.contiguous(), slots.contiguous(), None, None)
+        return _LayerGradients(layers, seed).result(x, weights, scales, shifts)
+    grads = _LayerGradients(layers)
     for tile in layers.tiles():
         linears, activations = layers.run(tile)
         slot = slots[tile.rows].unsqueeze(1)
@@ -321,6 +361,8 @@ def _edge_mlp_backward(grad, slots, x, neighbors, weights, scales, shifts, negat
 @_kernel
 def _edge_mlp_statistics(x, neighbors, weights, scales, shifts, negative_slope):
     layers = _Layers(x, neighbors, weights, scales, shifts, negative_slope)
+    if has_tile_kernels(x):
+        return torch.ops.avatar_ops.edge_layers_statistics(*layers.native())
     count = torch.zeros((), dtype=torch.float64, device=x.device)
     mean, squares = (
         torch.zeros(weights[-1].shape[0], dtype=torch.float64, device=x.device) for _ in range(2)
@@ -345,8 +387,12 @@ def _edge_mlp_statistics_backward(
     grad_mean, grad_variance, count, mean, x, neighbors, weights, scales, shifts, negative_slope
 ):
     layers = _Layers(x, neighbors, weights, scales, shifts, negative_slope)
-    grads = _LayerGradients(layers)
     edges = count.clamp(min=1)
+    if has_tile_kernels(x):
+        factor = 2 * grad_variance / edges
+        seed = (None, None, grad_mean / edges - factor * mean, factor)
+        return _LayerGradients(layers, seed).result(x, weights, scales, shifts)
+    grads = _LayerGradients(layers)
     for tile in layers.tiles():
         linears, activations = layers.run(tile)
         grad = (grad_mean + 2 * grad_variance * (linears[-1] - mean)) / edges

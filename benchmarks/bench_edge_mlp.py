@@ -1,19 +1,28 @@
-"""A training step of nn.EdgeConv with two layers per edge against forming all edges."""
+"""nn.EdgeConv with two layers per edge against forming all edges."""
 
 import peers_edge_conv as peers
+import pytest
 import torch
 
 from avatar_ops.nn import EdgeConv
 
+POINTS, WIDTHS, NEIGHBORS = 8192, (64, 64), 20
 
-def test_edge_mlp_training_step(compare):
-    points, inputs, widths, k = 8192, 6, (64, 64), 20
-    x = torch.randn(1, points, inputs, requires_grad=True)
-    neighbors = (torch.arange(points).view(1, -1, 1) + torch.randint(-200, 201, (1, points, k))) % points
-    module = EdgeConv(inputs, list(widths))
-    literal = peers.DGCNNLayers(module)
+
+def layers(inputs: int):
+    """x, neighbours near in memory, the module and the same over all edges."""
+    x = torch.randn(1, POINTS, inputs, requires_grad=True)
+    steps = torch.randint(-200, 201, (1, POINTS, NEIGHBORS))
+    neighbors = (torch.arange(POINTS).view(1, -1, 1) + steps) % POINTS
+    module = EdgeConv(inputs, list(WIDTHS))
+    return x, neighbors, module, peers.DGCNNLayers(module)
+
+
+@pytest.mark.parametrize("inputs", [6, 64])
+def test_edge_mlp_training_step(compare, inputs):
+    x, neighbors, module, literal = layers(inputs)
     torch.testing.assert_close(module(x, neighbors), literal(x, neighbors), rtol=1e-3, atol=1e-3)
-    grad = torch.randn(1, points, widths[-1])
+    grad = torch.randn(1, POINTS, WIDTHS[-1])
 
     def step(layer):
         def run():
@@ -23,8 +32,22 @@ def test_edge_mlp_training_step(compare):
         return run
 
     compare(
-        f"nn.EdgeConv MLP training step N={points} {inputs}-64-64 K={k}",
+        f"nn.EdgeConv MLP training step N={POINTS} {inputs}-64-64 K={NEIGHBORS}",
         ours=step(module),
         peers={"DGCNN": step(literal)},
         memory=True,
     )
+
+
+@pytest.mark.parametrize("inputs", [6, 64])
+def test_edge_mlp_inference(compare, inputs):
+    x, neighbors, module, literal = layers(inputs)
+    module.eval(), literal.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(module(x, neighbors), literal(x, neighbors), rtol=1e-3, atol=1e-3)
+        compare(
+            f"nn.EdgeConv MLP inference N={POINTS} {inputs}-64-64 K={NEIGHBORS}",
+            ours=lambda: module(x, neighbors),
+            peers={"DGCNN": lambda: literal(x, neighbors)},
+            memory=True,
+        )

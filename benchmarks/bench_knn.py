@@ -20,14 +20,23 @@ def clustered(count):
     return centers[blob] + spread[blob] * torch.randn(count, 3)
 
 
+# Time against N: every search up to EVERY_PEER points, the fastest up to FASTEST_PEERS, the kernel to the end.
+SCALING = (1_000, 4_000, 10_000, 40_000, 100_000, 400_000, 1_000_000, 4_000_000)
+EVERY_PEER, FASTEST_PEERS = 400_000, 1_000_000
+FASTEST = ("small_gicp", "nanoflann")
+
+
 @pytest.mark.parametrize("make", [surface, clustered], ids=lambda make: make.__name__)
-@pytest.mark.parametrize("count", [10_000, 100_000, 400_000])
+@pytest.mark.parametrize("count", SCALING)
 def test_knn_cloud(compare, make, count):
     points = make(count)
+    peers = peers_knn.cloud_peers(points, 16)
+    if count > EVERY_PEER:
+        peers = {name: peers[name] for name in FASTEST if name in peers and count <= FASTEST_PEERS}
     compare(
         f"knn D=3 K=16 N={count} {make.__name__}",
         ours=lambda: avatar_ops.knn(points, 16),
-        peers=peers_knn.cloud_peers(points, 16),
+        peers=peers,
         memory=True,
     )
 

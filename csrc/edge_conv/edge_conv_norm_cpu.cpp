@@ -32,6 +32,15 @@ std::vector<T> inverse_deviations(const std::vector<T>& variance, double eps, in
   return inverse;
 }
 
+template <typename T>
+void normalize(T* __restrict values, const T* __restrict center, const T* __restrict scale,
+               const T* __restrict shift, int64_t channels, T negative_slope) {
+  for (int64_t o = 0; o < channels; ++o) {
+    const T value = (values[o] - center[o]) * scale[o] + shift[o];
+    values[o] = value > 0 ? value : value * negative_slope;
+  }
+}
+
 // Output, slots, number of edges, mean, biased variance, and the mean of the centred and signed form.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> edge_conv_norm_cpu(
     const Tensor& x_in, const Tensor& neighbors_in, const Tensor& weight, const Tensor& gamma_in,
@@ -95,15 +104,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> edge_conv_norm_cpu(
     const std::vector<T> center(mean.begin(), mean.end());
     const std::vector<T> inverse =
         inverse_deviations(std::vector<T>(variance.begin(), variance.end()), eps, stride);
+    std::vector<T> scale(channels);
+    for (int64_t o = 0; o < channels; ++o) scale[o] = inverse[o] * std::abs(gamma[o]);
     for_each_block(plan, 0, [&](int64_t, const EdgeBlock& block, T*) {
       for (int64_t row = block.begin; row < block.end; ++row) {
         const int64_t flat = block.cloud * num_points + row;
         T* out = mutable_data<T>(output) + flat * channels;
-        if (is_empty_row(plan, flat)) continue;
-        for (int64_t o = 0; o < channels; ++o) {
-          const T value = (out[o] - center[o]) * inverse[o] * std::abs(gamma[o]) + beta[o];
-          out[o] = value > 0 ? value : value * T(negative_slope);
-        }
+        if (!is_empty_row(plan, flat))
+          normalize(out, center.data(), scale.data(), beta.data(), channels, T(negative_slope));
       }
     });
 

@@ -57,8 +57,11 @@ RowSlots row_slots(const int64_t* neighbors, int64_t k, int64_t num_points) {
 // NaN.
 template <int kVectors, bool kSlots, bool kOrdered, typename T>
 void smallest(const T* q, int64_t stride, const int64_t* neighbors, int64_t first, int64_t k,
-              Vector<T> (&best)[kVectors], Index<T> (&slots)[kVectors]) {
+              Vector<T> (&best_out)[kVectors], Index<T> (&slots_out)[kVectors]) {
   constexpr int64_t kLanes = Lanes<T>::kCount;
+  // What is handed out could alias q, and would be stored at every step.
+  Vector<T> best[kVectors];
+  Index<T> slots[kVectors];
   for (int v = 0; v < kVectors; ++v) {
     best[v] = load(q + neighbors[first] * stride + v * kLanes);
     slots[v] = Index<T>{} + typename Lanes<T>::Integer(first);
@@ -83,14 +86,15 @@ void smallest(const T* q, int64_t stride, const int64_t* neighbors, int64_t firs
       }
     }
   }
+  for (int v = 0; v < kVectors; ++v) best_out[v] = best[v], slots_out[v] = slots[v];
 }
 
 // Mean of q over the row's neighbours and the sum of squared deviations from it.
 template <int kVectors, typename T>
 void row_statistics(const T* q, int64_t stride, const int64_t* neighbors, int64_t k, T inverse_count,
-                    Vector<T> (&mean)[kVectors], Vector<T> (&squares)[kVectors]) {
+                    Vector<T> (&mean_out)[kVectors], Vector<T> (&squares_out)[kVectors]) {
   constexpr int64_t kLanes = Lanes<T>::kCount;
-  for (int v = 0; v < kVectors; ++v) mean[v] = squares[v] = Vector<T>{};
+  Vector<T> mean[kVectors] = {}, squares[kVectors] = {};
   for (int64_t slot = 0; slot < k; ++slot) {
     if (neighbors[slot] < 0) continue;
     for (int v = 0; v < kVectors; ++v) mean[v] += load(q + neighbors[slot] * stride + v * kLanes);
@@ -103,6 +107,7 @@ void row_statistics(const T* q, int64_t stride, const int64_t* neighbors, int64_
       squares[v] += deviation * deviation;
     }
   }
+  for (int v = 0; v < kVectors; ++v) mean_out[v] = mean[v], squares_out[v] = squares[v];
 }
 
 template <int kVectors, bool kOrdered, typename Slot, typename T>
@@ -242,42 +247,68 @@ void norm_backward(const EdgeNormBackwardArgs<T>& args, int64_t begin, int64_t e
   }
 }
 
+// Edges of one point, a few at a time: where their rows begin and which slot of them they are.
+struct IncomingEdges {
+  static constexpr int64_t kMost = 64;
+  int64_t count, rows[kMost], slots[kMost];
+};
+
+// Adds the share of these edges.
 template <int kVectors, typename Slot, typename T>
-void reverse_panel(const EdgeReverseArgs<T>& args, int64_t point, int64_t column, T* grad_neighbor,
-                   T* deviations) {
+void reverse_panel(const EdgeReverseArgs<T>& args, const IncomingEdges& incoming, int64_t point,
+                   int64_t column, T* grad_neighbor, T* deviations) {
   constexpr int64_t kLanes = Lanes<T>::kCount;
-  Vector<T> grad[kVectors] = {}, deviation[kVectors] = {}, own[kVectors] = {};
-  if (args.centers != nullptr) {
-    for (int v = 0; v < kVectors; ++v) own[v] = load(args.q + point * args.stride + column + v * kLanes);
+  Vector<T> grad[kVectors], deviation[kVectors] = {}, own[kVectors] = {};
+  const bool centered = args.centers != nullptr;
+  for (int v = 0; v < kVectors; ++v) {
+    grad[v] = load(grad_neighbor + column + v * kLanes);
+    if (!centered) continue;
+    deviation[v] = load(deviations + column + v * kLanes);
+    own[v] = load(args.q + point * args.stride + column + v * kLanes);
   }
-  for (int64_t e = args.offsets[point]; e < args.offsets[point + 1]; ++e) {
-    const int64_t row = args.edges[e] / args.k, slot = args.edges[e] - row * args.k;
-    const int64_t at = row * args.stride + column;
+  for (int64_t i = 0; i < incoming.count; ++i) {
+    const int64_t at = incoming.rows[i] + column;
     const Slot* slots = static_cast<const Slot*>(args.slots) + at;
+    const Index<T> here = Index<T>{} + typename Lanes<T>::Integer(incoming.slots[i]);
     for (int v = 0; v < kVectors; ++v) {
-      const Index<T> chosen = SlotLanes<T, Slot>::load(slots + v * kLanes);
-      const Vector<T> linear = load(args.grad_linear + at + v * kLanes);
-      grad[v] += chosen == typename Lanes<T>::Integer(slot) ? linear : Vector<T>{};
+      const Index<T> chosen = SlotLanes<T, Slot>::load(slots + v * kLanes) == here;
+      grad[v] += (Vector<T>)((Index<T>)load(args.grad_linear + at + v * kLanes) & chosen);
     }
-    if (args.centers == nullptr) continue;
+    if (!centered) continue;
     for (int v = 0; v < kVectors; ++v) deviation[v] += load(args.centers + at + v * kLanes) - own[v];
   }
   for (int v = 0; v < kVectors; ++v) {
     store(grad_neighbor + column + v * kLanes, grad[v]);
-    if (args.centers != nullptr) store(deviations + column + v * kLanes, deviation[v]);
+    if (centered) store(deviations + column + v * kLanes, deviation[v]);
   }
 }
 
 template <typename Slot, typename T>
 void reverse(const EdgeReverseArgs<T>& args, int64_t begin, int64_t end, T* grad_neighbor, T* deviations) {
   constexpr int64_t kPanel = kPanelVectors * Lanes<T>::kCount;
+  const double inverse_k = 1.0 / static_cast<double>(args.k);
   for (int64_t point = begin; point < end; ++point) {
-    int64_t column = 0;
-    for (; column + kPanel <= args.stride; column += kPanel) {
-      reverse_panel<kPanelVectors, Slot>(args, point, column, grad_neighbor, deviations);
-    }
-    for (; column < args.stride; column += Lanes<T>::kCount) {
-      reverse_panel<1, Slot>(args, point, column, grad_neighbor, deviations);
+    std::fill_n(grad_neighbor, args.stride, T(0));
+    if (deviations != nullptr) std::fill_n(deviations, args.stride, T(0));
+    for (int64_t e = args.offsets[point]; e < args.offsets[point + 1];) {
+      IncomingEdges incoming;
+      incoming.count = 0;
+      const int64_t last = std::min(e + IncomingEdges::kMost, args.offsets[point + 1]);
+      for (; e < last; ++e) {
+        // The quotient is right but for rounding: a division takes much longer.
+        int64_t row = static_cast<int64_t>(static_cast<double>(args.edges[e]) * inverse_k);
+        row -= row * args.k > args.edges[e];
+        row += (row + 1) * args.k <= args.edges[e];
+        incoming.rows[incoming.count] = row * args.stride;
+        incoming.slots[incoming.count++] = args.edges[e] - row * args.k;
+      }
+      int64_t column = 0;
+      for (; column + kPanel <= args.stride; column += kPanel) {
+        reverse_panel<kPanelVectors, Slot>(args, incoming, point, column, grad_neighbor, deviations);
+      }
+      for (; column < args.stride; column += Lanes<T>::kCount) {
+        reverse_panel<1, Slot>(args, incoming, point, column, grad_neighbor, deviations);
+      }
     }
     grad_neighbor += args.stride;
     if (deviations != nullptr) deviations += args.stride;

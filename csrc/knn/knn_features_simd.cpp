@@ -287,7 +287,6 @@ class CandidateLists {
         const Key<T> key = Key<T>::make(squared_distance(point, other, args_.dims), position);
         if (key < nearest.worst()) nearest.insert(key);
       }
-      nearest.save(state);
       List::finish(state, args_.slots, row_of(args_.distances, query), row_of(args_.indices, query));
     });
   }

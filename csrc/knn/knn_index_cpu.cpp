@@ -1,135 +1,58 @@
 #include <algorithm>
-#include <cmath>
-#include <cstring>
 #include <mutex>
 #include <thread>
 
+#include "common/radix_sort.h"
 #include "knn/knn_index.h"
+#include "knn/knn_tree_build.h"
 
 namespace avatar {
 namespace {
 
 // Nodes with more leaves than this are split by tasks of their own; smaller ones are built by one.
 constexpr int64_t kSubtreeLeaves = 128;
+// Nodes of so many leaves or more are split by all threads together, as long as there are too few for a task
+// each.
+constexpr int64_t kSharedLeaves = 1024;
 
 int64_t leaves_of(int64_t points) {
   return (points + kLeaf - 1) / kLeaf;
 }
 
-int64_t middle_of(int64_t begin, int64_t end) {
-  return begin + (end - begin + 1) / 2;
-}
-
-// Sorts as (coordinate, row) does.
-struct FloatSplitKey {
-  uint64_t bits;
-
-  FloatSplitKey() = default;
-  FloatSplitKey(float coordinate, int32_t row) {
-    uint32_t high;
-    std::memcpy(&high, &coordinate, sizeof(high));
-    high ^= high >> 31 ? 0xffffffffu : 0x80000000u;
-    bits = uint64_t{high} << 32 | static_cast<uint32_t>(row);
-  }
-  int32_t row() const { return static_cast<int32_t>(bits); }
-  bool operator<(const FloatSplitKey& other) const { return bits < other.bits; }
-};
-
-struct DoubleSplitKey {
-  double coordinate;
-  int32_t point;
-
-  DoubleSplitKey() = default;
-  DoubleSplitKey(double coordinate, int32_t row) : coordinate(coordinate), point(row) {}
-  int32_t row() const { return point; }
-  bool operator<(const DoubleSplitKey& other) const {
-    return coordinate < other.coordinate || (coordinate == other.coordinate && point < other.point);
-  }
-};
-
-template <typename T>
-using SplitKey = std::conditional_t<std::is_same_v<T, float>, FloatSplitKey, DoubleSplitKey>;
-
-// Builds the tree of one cloud; nodes of disjoint leaves may be built at the same time.
-template <typename T>
-struct TreeBuilder {
-  const T* points;
-  int64_t dims, count;
-  int32_t* order;
-  T* coordinates;
-  T* boxes;
-  int32_t* lowest;
-  SplitKey<T>* keys;
-
-  // Halves the points of leaves [begin, end) at the middle of their widest dimension.
-  void split(int64_t begin, int64_t end) const {
-    const int64_t first = begin * kLeaf, last = std::min(end * kLeaf, count);
-    T low[kTreeDims], high[kTreeDims];
-    std::copy_n(points + order[first] * dims, dims, low);
-    std::copy_n(low, dims, high);
-    for (int64_t i = first + 1; i < last; ++i) {
-      const T* point = points + order[i] * dims;
-      for (int64_t d = 0; d < dims; ++d) {
-        low[d] = std::min(low[d], point[d]);
-        high[d] = std::max(high[d], point[d]);
-      }
-    }
-    int64_t widest = 0;
-    for (int64_t d = 1; d < dims; ++d) {
-      if (high[d] - low[d] > high[widest] - low[widest]) widest = d;
-    }
-    for (int64_t i = first; i < last; ++i) keys[i] = {points[order[i] * dims + widest], order[i]};
-    std::nth_element(keys + first, keys + middle_of(begin, end) * kLeaf, keys + last);
-    for (int64_t i = first; i < last; ++i) order[i] = keys[i].row();
-  }
-
-  void build(int64_t id, int64_t begin, int64_t end) const {
-    if (end - begin == 1) return pack(id, begin);
-    split(begin, end);
-    const int64_t middle = middle_of(begin, end);
-    build(id + 1, begin, middle);
-    build(id + 2 * (middle - begin), middle, end);
-    join(id, begin, end);
-  }
-
-  void pack(int64_t id, int64_t leaf) const {
-    const int64_t first = leaf * kLeaf, filled = std::min<int64_t>(kLeaf, count - first);
-    std::fill_n(order + first + filled, kLeaf - filled, -1);
-    for (int64_t d = 0; d < dims; ++d) {
-      T* values = coordinates + (leaf * dims + d) * kLeaf;
-      for (int64_t i = 0; i < filled; ++i) values[i] = points[order[first + i] * dims + d];
-      std::fill_n(values + filled, kLeaf - filled, std::numeric_limits<T>::infinity());
-      boxes[id * 2 * dims + d] = *std::min_element(values, values + filled);
-      boxes[(id * 2 + 1) * dims + d] = *std::max_element(values, values + filled);
-    }
-    lowest[id] = *std::min_element(order + first, order + first + filled);
-  }
-
-  void join(int64_t id, int64_t begin, int64_t end) const {
-    const int64_t left = id + 1, right = id + 2 * (middle_of(begin, end) - begin);
-    for (int64_t d = 0; d < dims; ++d) {
-      boxes[id * 2 * dims + d] = std::min(boxes[left * 2 * dims + d], boxes[right * 2 * dims + d]);
-      boxes[(id * 2 + 1) * dims + d] =
-          std::max(boxes[(left * 2 + 1) * dims + d], boxes[(right * 2 + 1) * dims + d]);
-    }
-    lowest[id] = std::min(lowest[left], lowest[right]);
-  }
-};
-
 struct TreeTask {
-  int64_t cloud, id, begin, end;
+  int64_t cloud;
+  TreeNode node;
+  int from;
+
+  TreeTask left() const { return {cloud, node.left(), 1 - from}; }
+  TreeTask right() const { return {cloud, node.right(), 1 - from}; }
 };
 
-// Large nodes are split by whoever is free, which gives two more tasks; the tree does not depend on by whom.
-template <typename T>
-void build_trees(const std::vector<TreeBuilder<T>>& builders) {
+// The tree does not depend on who splits what.
+template <typename Builder>
+void build_trees(std::vector<Builder>& builders) {
   std::vector<TreeTask> waiting, splits;
-  int64_t points = 0;
+  int64_t leaves = 0;
   for (size_t cloud = 0; cloud < builders.size(); ++cloud) {
-    const int64_t leaves = leaves_of(builders[cloud].count);
-    if (leaves) waiting.push_back({static_cast<int64_t>(cloud), 0, 0, leaves});
-    points += builders[cloud].count;
+    const TreeTask whole{static_cast<int64_t>(cloud), {0, 0, builders[cloud].leaves()}, 0};
+    if (whole.node.leaves()) waiting.push_back(whole);
+    leaves += whole.node.leaves();
   }
+  const int64_t threads = torch::stable::get_num_threads();
+  while (threads > 1 && static_cast<int64_t>(waiting.size()) < 2 * threads) {
+    const auto largest = std::max_element(
+        waiting.begin(), waiting.end(),
+        [](const TreeTask& a, const TreeTask& b) { return a.node.leaves() < b.node.leaves(); });
+    if (largest == waiting.end() || largest->node.leaves() < kSharedLeaves) break;
+    const TreeTask task = *largest;
+    builders[task.cloud].split(task.node, task.from,
+                               [](int64_t tasks, const auto& body) { parallel_tasks(tasks, body); });
+    splits.push_back(task);
+    *largest = task.right();
+    waiting.push_back(task.left());
+  }
+
+  // Large nodes are split by whoever is free, which gives two more tasks.
   std::mutex mutex;
   int64_t unfinished = static_cast<int64_t>(waiting.size());
   const auto work = [&](int64_t, int64_t) {
@@ -144,31 +67,58 @@ void build_trees(const std::vector<TreeBuilder<T>>& builders) {
       const TreeTask task = waiting.back();
       waiting.pop_back();
       lock.unlock();
-      const TreeBuilder<T>& builder = builders[task.cloud];
-      const bool large = task.end - task.begin > kSubtreeLeaves;
+      Builder& builder = builders[task.cloud];
+      const bool large = task.node.leaves() > kSubtreeLeaves;
       if (large) {
-        builder.split(task.begin, task.end);
+        builder.split(task.node, task.from);
       } else {
-        builder.build(task.id, task.begin, task.end);
+        builder.build(task.node, task.from);
       }
       lock.lock();
       if (large) {
-        const int64_t middle = middle_of(task.begin, task.end);
         splits.push_back(task);
-        waiting.push_back({task.cloud, task.id + 1, task.begin, middle});
-        waiting.push_back({task.cloud, task.id + 2 * (middle - task.begin), middle, task.end});
+        waiting.push_back(task.right());
+        waiting.push_back(task.left());
         ++unfinished;
       } else {
         --unfinished;
       }
     }
   };
-  const int64_t useful = (points + kSubtreeLeaves * kLeaf - 1) / (kSubtreeLeaves * kLeaf);
-  torch::stable::parallel_for(0, std::min<int64_t>(useful, torch::stable::get_num_threads()), 1, work);
+  const int64_t useful = (leaves + kSubtreeLeaves - 1) / kSubtreeLeaves;
+  torch::stable::parallel_for(0, std::min(useful, threads), 1, work);
   // Every split was noted before those below it.
-  for (auto task = splits.rbegin(); task != splits.rend(); ++task) {
-    builders[task->cloud].join(task->id, task->begin, task->end);
+  for (auto task = splits.rbegin(); task != splits.rend(); ++task) builders[task->cloud].join(task->node);
+}
+
+// Makes the records of every cloud and sets the counts.
+template <typename Builder>
+void read_records(std::vector<Builder>& builders, const Clouds& clouds, int64_t* counts) {
+  struct Block {
+    int64_t cloud, begin, end, place;
+  };
+  std::vector<Block> blocks;
+  for (int64_t cloud = 0; cloud < clouds.count(); ++cloud) {
+    for (int64_t begin = 0; begin < clouds.length[cloud]; begin += Builder::kBlock) {
+      blocks.push_back({cloud, begin, std::min(begin + Builder::kBlock, clouds.length[cloud]), 0});
+    }
   }
+  const int64_t tasks = static_cast<int64_t>(blocks.size());
+  const auto is_only = [&](const Block& block) { return clouds.length[block.cloud] <= Builder::kBlock; };
+  parallel_tasks(tasks, [&](int64_t task) {
+    Block& block = blocks[task];
+    Builder& builder = builders[block.cloud];
+    // With one block, reading tells the number.
+    block.place = is_only(block) ? builder.read(block.begin, block.end, 0)
+                                 : builder.count_finite(block.begin, block.end);
+  });
+  std::fill_n(counts, clouds.count(), 0);
+  for (Block& block : blocks) counts[block.cloud] += std::exchange(block.place, counts[block.cloud]);
+  parallel_tasks(tasks, [&](int64_t task) {
+    const Block& block = blocks[task];
+    if (!is_only(block)) builders[block.cloud].read(block.begin, block.end, block.place);
+  });
+  for (int64_t cloud = 0; cloud < clouds.count(); ++cloud) builders[cloud].set_count(counts[cloud]);
 }
 
 // Fills what ragged clouds leave unused, so that an index has no undefined values.
@@ -182,27 +132,38 @@ void clear_unused(const Tensor& tensor, const Clouds& clouds, const int64_t* cou
   });
 }
 
-template <typename T>
+template <typename T, int kDims>
 void fill_tree(const Tensor& points, const Clouds& clouds, const KnnIndex& index) {
-  const int64_t dims = points.size(points.dim() - 1);
-  const int64_t* counts = const_data<int64_t>(index.counts);
-  std::vector<SplitKey<T>> keys(clouds.leaf.back() * kLeaf);
-  std::vector<TreeBuilder<T>> builders;
+  const int64_t dims = points.size(points.dim() - 1), size = dims + 1;
+  int64_t* counts = mutable_data<int64_t>(index.counts);
+  int64_t rows = 0;
+  for (const int64_t length : clouds.length) rows += length;
+  const Buffer<T> records = buffer<T>(rows * size), other = buffer<T>(rows * size);
+  const Buffer<uint8_t> numbers = buffer<uint8_t>(rows);
+  std::vector<TreeBuilder<T, kDims>> builders;
+  int64_t row = 0;
   for (int64_t cloud = 0; cloud < clouds.count(); ++cloud) {
     const int64_t leaf = clouds.leaf[cloud];
-    builders.push_back({const_data<T>(points) + clouds.row[cloud] * dims, dims, counts[cloud],
-                        mutable_data<int32_t>(index.order) + leaf * kLeaf,
-                        mutable_data<T>(index.coordinates) + leaf * dims * kLeaf,
-                        mutable_data<T>(index.bounds) + leaf * 4 * dims,
-                        mutable_data<int32_t>(index.extra) + leaf * 2, keys.data() + leaf * kLeaf});
-    // The last node of a tree over l leaves is 2 l - 2.
-    const int64_t leaves = leaves_of(counts[cloud]);
-    if (leaves) {
-      std::fill_n(builders.back().boxes + (2 * leaves - 1) * 2 * dims, 2 * dims, T(0));
-      builders.back().lowest[2 * leaves - 1] = -1;
-    }
+    builders.push_back(
+        {const_data<T>(points) + clouds.row[cloud] * dims,
+         dims,
+         {mutable_data<T>(index.coordinates) + leaf * dims * kLeaf,
+          mutable_data<int32_t>(index.order) + leaf * kLeaf, mutable_data<T>(index.bounds) + leaf * 4 * dims,
+          mutable_data<int32_t>(index.extra) + leaf * 2}});
+    builders.back().use_buffers(records.get() + row * size, other.get() + row * size, numbers.get() + row);
+    row += clouds.length[cloud];
   }
+  read_records(builders, clouds, counts);
   build_trees(builders);
+  for (int64_t cloud = 0; cloud < clouds.count(); ++cloud) {
+    // The last node of a tree over l leaves is 2 l - 2.
+    const int64_t last = 2 * (clouds.leaf[cloud] + leaves_of(counts[cloud])) - 1;
+    if (!counts[cloud]) continue;
+    std::fill_n(mutable_data<T>(index.bounds) + last * 2 * dims, 2 * dims, T(0));
+    mutable_data<int32_t>(index.extra)[last] = -1;
+  }
+  clear_unused(index.coordinates, clouds, counts, dims * kLeaf, T(0));
+  clear_unused(index.order, clouds, counts, kLeaf, int32_t{-1});
   clear_unused(index.bounds, clouds, counts, 4 * dims, T(0));
   clear_unused(index.extra, clouds, counts, 2, int32_t{-1});
 }
@@ -298,18 +259,18 @@ KnnIndex build_index(const Tensor& points, const Clouds& clouds) {
   int32_t* order = mutable_data<int32_t>(index.order);
   dispatch_compute(type, "knn", [&](auto zero) {
     using T = decltype(zero);
+    if (tree) {
+      if (dims == 3) return fill_tree<T, 3>(points, clouds, index);
+      if (dims == 2) return fill_tree<T, 2>(points, clouds, index);
+      return fill_tree<T, 0>(points, clouds, index);
+    }
     parallel_tasks(clouds.count(), [&](int64_t cloud) {
       int32_t* rows = order + clouds.leaf[cloud] * kLeaf;
       counts[cloud] =
           finite_rows(const_data<T>(points) + clouds.row[cloud] * dims, clouds.length[cloud], dims, rows);
       std::fill(rows + counts[cloud], order + clouds.leaf[cloud + 1] * kLeaf, -1);
     });
-    if (tree) {
-      clear_unused(index.coordinates, clouds, counts, dims * kLeaf, T(0));
-      fill_tree<T>(points, clouds, index);
-    } else {
-      fill_features<T>(points, clouds, index);
-    }
+    fill_features<T>(points, clouds, index);
   });
   return index;
 }

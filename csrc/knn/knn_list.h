@@ -2,105 +2,118 @@
 #pragma once
 
 #include <algorithm>
-#include <cstring>
 #include <limits>
 
+#include "knn/knn_key.h"
 #include "knn/knn_simd.h"
+#include "knn/knn_sort.h"
 #include "knn/knn_vector.h"
 
 namespace avatar {
 namespace AVATAR_ISA {
 namespace {
 
-template <typename T>
-struct Key;
-
-// Distances are never negative, so their bits order as they do, and one comparison orders (distance, row).
-template <>
-struct Key<float> {
-  int64_t bits;
-
-  static Key make(float distance, int32_t row) {
-    uint32_t high;
-    std::memcpy(&high, &distance, sizeof(high));
-    return {static_cast<int64_t>(uint64_t{high} << 32 | static_cast<uint32_t>(row))};
-  }
-  static Key missing() { return make(std::numeric_limits<float>::infinity(), -1); }
-  float distance() const {
-    const uint32_t high = static_cast<uint32_t>(bits >> 32);
-    float distance;
-    std::memcpy(&distance, &high, sizeof(distance));
-    return distance;
-  }
-  int32_t row() const { return static_cast<int32_t>(bits); }
-  bool operator<(const Key& other) const { return bits < other.bits; }
-};
-
-template <>
-struct Key<double> {
-  double value;
-  uint32_t unsigned_row;
-
-  static Key make(double distance, int32_t row) { return {distance, static_cast<uint32_t>(row)}; }
-  static Key missing() { return make(std::numeric_limits<double>::infinity(), -1); }
-  double distance() const { return value; }
-  int32_t row() const { return static_cast<int32_t>(unsigned_row); }
-  bool operator<(const Key& other) const {
-    return value < other.value || (value == other.value && unsigned_row < other.unsigned_row);
-  }
-};
-
-// Up to kCapacity float keys, sorted, in registers. What is not asked for is filled from the front with
-// keys below every other, so that the worst key is always the last lane.
+// Up to kCapacity float keys, sorted. New ones gather, distances and rows apart, and are sorted in by
+// batches; what is not asked for is filled from the front with keys below every other, so that the worst key
+// is always the last. Keys beyond the worst as of the last batch need not be added.
 template <int kCapacity>
-class RegisterList {
+class BatchList {
  public:
   using K = Key<float>;
-  static constexpr int kKeys = kVectorBytes / 8;
-  static constexpr int kVectors = kCapacity / kKeys;
+  static constexpr int kBatch = 16;
+  static constexpr int kVectors = kCapacity / kKeyLanes;
   struct State {
     alignas(kVectorBytes) int64_t bits[kCapacity];
+    // Room for a batch less one, a leaf, and what a vector writes beyond its last lane.
+    alignas(kVectorBytes) float distances[kBatch + kLeaf + Lanes<float>::kCount];
+    alignas(kVectorBytes) int32_t rows[kBatch + kLeaf + Lanes<float>::kCount];
+    int64_t pending;
   };
 
   static void reset(State& state, const KeySlots& slots) {
     const int64_t unused = kCapacity - slots.count;
-    std::fill_n(state.bits, unused, std::numeric_limits<int64_t>::min());
-    std::fill_n(state.bits + unused, slots.count, K::missing().bits);
+    for (int64_t i = 0; i < kCapacity; ++i) state.bits[i] = i < unused ? 0 : K::missing().bits;
+    state.pending = 0;
   }
 
-  explicit RegisterList(const State& state) {
-    for (int i = 0; i < kVectors; ++i) vectors_[i] = reinterpret_cast<const LongVector*>(state.bits)[i];
-    worst_ = {state.bits[kCapacity - 1]};
-  }
-  void save(State& state) const {
-    for (int i = 0; i < kVectors; ++i) reinterpret_cast<LongVector*>(state.bits)[i] = vectors_[i];
-  }
+  explicit BatchList(State& state) : state_(state) {}
   static K worst(const State& state) { return {state.bits[kCapacity - 1]}; }
 
-  K worst() const { return worst_; }
+  K worst() const { return worst(state_); }
   void insert(K key) {
-    const LongVector added = key.bits - LongVector{};
-    LongVector below = std::numeric_limits<int64_t>::min() - LongVector{};
-    for (int i = 0; i < kVectors; ++i) {
-      const LongVector current = vectors_[i];
-      const LongVector moved = larger(shift_up(below, current), added);
-      vectors_[i] = current < moved ? current : moved;
-      below = current;
-    }
-    worst_ = {vectors_[kVectors - 1][kKeys - 1]};
+    state_.distances[state_.pending] = key.distance();
+    state_.rows[state_.pending] = key.row();
+    if (++state_.pending == kBatch) sort_in();
   }
+  // Adds the lanes that are set in `hits`, up to kLeaf keys in all.
+  class Adder {
+   public:
+    explicit Adder(BatchList& list) : list_(list), pending_(list.state_.pending) {}
+    ~Adder() {
+      list_.state_.pending = pending_;
+      while (list_.state_.pending >= kBatch) list_.sort_in();
+    }
+    void add(FloatVector distances, const int32_t* rows, uint32_t hits) {
+      State& state = list_.state_;
+      store_lanes(state.distances + pending_, distances, state.rows + pending_, rows, hits);
+      pending_ += __builtin_popcount(hits);
+    }
+
+   private:
+    BatchList& list_;
+    int64_t pending_;
+  };
 
   static void finish(State& state, const KeySlots& slots, float* distances, int64_t* rows) {
-    for (int64_t slot = 0; slot < slots.count; ++slot) {
-      const K key{state.bits[kCapacity - slots.count + slot]};
-      distances[slot] = key.distance();
-      rows[slot] = key.row();
+    if (state.pending) {
+      for (int64_t i = 0; i < kBatch; ++i) {
+        state.distances[i] = i < state.pending ? state.distances[i] : K::missing().distance();
+        state.rows[i] = i < state.pending ? state.rows[i] : K::missing().row();
+      }
+      state.pending = kBatch;
+      BatchList(state).sort_in();
+    }
+    write_keys(state.bits + kCapacity - slots.count, slots.count, distances, rows);
+  }
+
+ private:
+  // The last kBatch keys.
+  void sort_in() {
+    constexpr int kAdded = kBatch / kKeyLanes;
+    state_.pending -= kBatch;
+    alignas(kVectorBytes) int64_t bits[kBatch];
+    for (int i = 0; i < kBatch; ++i) {
+      bits[i] = K::make(state_.distances[state_.pending + i], state_.rows[state_.pending + i]).bits;
+    }
+    DoubleVector added[kAdded], list[kVectors];
+    for (int i = 0; i < kAdded; ++i) added[i] = load_keys(bits + i * kKeyLanes);
+    for (int i = 0; i < kVectors; ++i) list[i] = load_keys(state_.bits + i * kKeyLanes);
+    sort_vectors<kAdded>(added);
+    merge_smallest<kVectors, kAdded>(list, added);
+    for (int i = 0; i < kVectors; ++i) store_keys(state_.bits + i * kKeyLanes, list[i]);
+  }
+
+  State& state_;
+};
+
+// Adds lanes one by one.
+template <typename List, typename T>
+class LaneAdder {
+ public:
+  explicit LaneAdder(List& list) : list_(list) {}
+  void add(Vector<T> distances, const int32_t* rows, uint32_t hits) {
+    if (!hits) return;
+    alignas(kVectorBytes) T lanes[Lanes<T>::kCount];
+    store(lanes, distances);
+    for (; hits; hits &= hits - 1) {
+      const int lane = __builtin_ctz(hits);
+      const Key<T> key = Key<T>::make(lanes[lane], rows[lane]);
+      if (key < list_.worst()) list_.insert(key);
     }
   }
 
  private:
-  LongVector vectors_[kVectors];
-  K worst_;
+  List& list_;
 };
 
 // Up to kSortedSlots keys, sorted, in memory.
@@ -119,7 +132,6 @@ class SortedList {
   }
 
   explicit SortedList(State& state) : state_(state) {}
-  void save(State&) const {}
   static K worst(const State& state) { return state.keys[state.count - 1]; }
 
   K worst() const { return worst(state_); }
@@ -128,6 +140,7 @@ class SortedList {
     for (; slot > 0 && key < state_.keys[slot - 1]; --slot) state_.keys[slot] = state_.keys[slot - 1];
     state_.keys[slot] = key;
   }
+  using Adder = LaneAdder<SortedList<T>, T>;
 
   static void finish(State& state, const KeySlots& slots, T* distances, int64_t* rows) {
     for (int64_t slot = 0; slot < slots.count; ++slot) {
@@ -156,7 +169,6 @@ class BufferList {
   }
 
   explicit BufferList(State& state) : state_(state) {}
-  void save(State&) const {}
   static K worst(const State& state) { return state.worst; }
 
   K worst() const { return state_.worst; }
@@ -164,6 +176,7 @@ class BufferList {
     state_.keys[state_.count++] = key;
     if (state_.count == state_.capacity) cut(state_);
   }
+  using Adder = LaneAdder<BufferList<T>, T>;
 
   static void finish(State& state, const KeySlots& slots, T* distances, int64_t* rows) {
     if (state.count > slots.count) cut(state);
@@ -185,12 +198,18 @@ class BufferList {
   State& state_;
 };
 
+template <typename T>
+void write_missing(T* distances, int64_t* rows, int64_t count) {
+  if (!count) return;
+  std::fill_n(distances, count, std::numeric_limits<T>::infinity());
+  std::fill_n(rows, count, int64_t{-1});
+}
+
 // Writes one query's neighbours, and "missing" into the slots of the row beyond them.
 template <typename List, typename T>
 void write_row(typename List::State& state, const KeySlots& slots, int64_t k, T* distances, int64_t* rows) {
   List::finish(state, slots, distances, rows);
-  std::fill_n(distances + slots.count, k - slots.count, std::numeric_limits<T>::infinity());
-  std::fill_n(rows + slots.count, k - slots.count, int64_t{-1});
+  write_missing(distances + slots.count, rows + slots.count, k - slots.count);
 }
 
 // Calls body(list type tag) for the list that suits the number of slots.
@@ -201,11 +220,10 @@ struct ListTag {
 
 template <typename Body>
 void with_list(float, const KeySlots& slots, const Body& body) {
-  if (slots.count <= 8) return body(ListTag<RegisterList<8>>{});
-  if (slots.count <= 16) return body(ListTag<RegisterList<16>>{});
-  if (slots.count <= 24) return body(ListTag<RegisterList<24>>{});
-  if (slots.count <= 32) return body(ListTag<RegisterList<32>>{});
-  if (slots.count <= kSortedSlots) return body(ListTag<RegisterList<kSortedSlots>>{});
+  if (slots.count <= 8) return body(ListTag<BatchList<8>>{});
+  if (slots.count <= 16) return body(ListTag<BatchList<16>>{});
+  if (slots.count <= 32) return body(ListTag<BatchList<32>>{});
+  if (slots.count <= kSortedSlots) return body(ListTag<BatchList<kSortedSlots>>{});
   body(ListTag<BufferList<float>>{});
 }
 

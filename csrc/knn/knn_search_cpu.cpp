@@ -13,21 +13,6 @@ struct SearchTask {
   int64_t cloud, begin, end;
 };
 
-// "Missing" for the query rows that were not searched for.
-template <typename T>
-void fill_missing(const std::vector<uint8_t>& searched, int64_t k, T* distances, int64_t* indices) {
-  const int64_t rows = static_cast<int64_t>(searched.size());
-  if (std::find(searched.begin(), searched.end(), 0) == searched.end()) return;
-  const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(k, 1));
-  torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      if (searched[row]) continue;
-      std::fill_n(distances + row * k, k, std::numeric_limits<T>::infinity());
-      std::fill_n(indices + row * k, k, int64_t{-1});
-    }
-  });
-}
-
 template <typename T>
 class Searcher {
  public:
@@ -39,8 +24,7 @@ class Searcher {
         distances_(mutable_data<T>(distances)),
         indices_(mutable_data<int64_t>(indices)) {}
 
-  // Searches for every query that is in use and finite; returns a mark for each query row that was.
-  std::vector<uint8_t> run() {
+  void run() {
     if (!search_.own_queries && tree_) {
       queries_ = build_index(search_.queries, search_.query_clouds);
     } else if (!search_.own_queries) {
@@ -50,15 +34,12 @@ class Searcher {
     }
     if (!tree_) search_features<T>(search_, *queries_, distances_, indices_);
     const int64_t* query_counts = const_data<int64_t>(queries_->counts);
-    const int32_t* query_order = const_data<int32_t>(queries_->order);
-    std::vector<uint8_t> searched(search_.queries.numel() / dims_, 0);
     std::vector<SearchTask> tasks;
-    int64_t capacity = 0;
+    int64_t capacity = 0, searched = 0;
     for (int64_t cloud = 0; cloud < search_.clouds.count(); ++cloud) {
       const int64_t queries = query_counts[cloud], slots = slots_of(search_.k, counts_[cloud]);
       if (!slots || !queries) continue;
-      const int32_t* rows = query_order + search_.query_clouds.leaf[cloud] * kLeaf;
-      for (int64_t i = 0; i < queries; ++i) searched[search_.query_clouds.row[cloud] + rows[i]] = 1;
+      searched += queries;
       if (!tree_) continue;
       const int64_t leaves = (queries + kLeaf - 1) / kLeaf;
       for (int64_t begin = 0; begin < leaves; begin += kTreeTaskLeaves) {
@@ -73,10 +54,32 @@ class Searcher {
       std::vector<char> buffer(capacity * kKeyBytes);
       for (int64_t task = next++; task < count; task = next++) search_tree(tasks[task], buffer.data());
     });
-    return searched;
+    if (searched < search_.queries.numel() / dims_) fill_missing();
   }
 
  private:
+  // "Missing" for the query rows that are not searched for: those not in use or not finite, and all of a
+  // cloud without points.
+  void fill_missing() const {
+    const int64_t rows = search_.queries.numel() / dims_, k = search_.k;
+    const int64_t* query_counts = const_data<int64_t>(queries_->counts);
+    std::vector<uint8_t> searched(rows, 0);
+    for (int64_t cloud = 0; cloud < search_.clouds.count(); ++cloud) {
+      if (!counts_[cloud]) continue;
+      const int32_t* order = const_data<int32_t>(queries_->order) + search_.query_clouds.leaf[cloud] * kLeaf;
+      for (int64_t i = 0; i < query_counts[cloud]; ++i)
+        searched[search_.query_clouds.row[cloud] + order[i]] = 1;
+    }
+    const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(k, 1));
+    torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        if (searched[row]) continue;
+        std::fill_n(distances_ + row * k, k, std::numeric_limits<T>::infinity());
+        std::fill_n(indices_ + row * k, k, int64_t{-1});
+      }
+    });
+  }
+
   // In feature space queries only have to be listed.
   void list_queries() {
     const Clouds& clouds = search_.query_clouds;
@@ -117,8 +120,7 @@ class Searcher {
 void search_index(const KnnSearch& search, const Tensor& distances, const Tensor& indices) {
   dispatch_compute(search.points.scalar_type(), "knn", [&](auto zero) {
     using T = decltype(zero);
-    const std::vector<uint8_t> searched = Searcher<T>(search, distances, indices).run();
-    fill_missing(searched, search.k, mutable_data<T>(distances), mutable_data<int64_t>(indices));
+    Searcher<T>(search, distances, indices).run();
   });
 }
 

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "knn/knn_lanes.h"
 #include "knn/knn_list.h"
 #include "knn/knn_simd.h"
 #include "knn/knn_vector.h"
@@ -28,18 +29,21 @@ struct Node {
 template <typename T, int kDims, typename List>
 class GroupSearch {
  public:
-  explicit GroupSearch(const TreeSearchArgs<T>& args) : args_(args), dims_(kDims ? kDims : args.dims) {}
+  explicit GroupSearch(const TreeSearchArgs<T>& args) : args_(args) {}
 
   // Queries [first, first + count) of a packed leaf; at most kLeaf, one for a BufferList.
   void run(int64_t leaf, int first, int count) {
     leaf_ = leaf, first_ = first, count_ = count;
-    const T* coordinates = args_.query_coordinates + leaf * dims_ * kLeaf;
-    for (int d = 0; d < dims_; ++d) {
+    const T* coordinates = args_.query_coordinates + leaf * dims() * kLeaf;
+    for (int d = 0; d < dims(); ++d) {
       const T* values = coordinates + d * kLeaf;
       low_[d] = *std::min_element(values + first, values + first + count);
       high_[d] = *std::max_element(values + first, values + first + count);
     }
-    for (int q = 0; q < count; ++q) List::reset(states_[q], args_.slots);
+    for (int q = 0; q < count; ++q) {
+      List::reset(states_[q], args_.slots);
+      prefetch_results(args_.query_order[leaf * kLeaf + first + q]);
+    }
     worst_ = Key<T>::missing();
     walk();
     for (int q = 0; q < count; ++q) {
@@ -50,16 +54,29 @@ class GroupSearch {
   }
 
  private:
+  int64_t dims() const { return kDims ? kDims : args_.dims; }
   static constexpr int kMaxDims = kDims ? kDims : kTreeDims;
   static constexpr int kLanes = Lanes<T>::kCount;
   static constexpr int kGroup = std::is_same_v<List, BufferList<T>> ? 1 : kLeaf;
   using Vector = typename Lanes<T>::Vector;
 
+  // Queries next to each other may be anywhere in memory.
+  void prefetch_results(int64_t row) const {
+    constexpr int kLine = 64;
+    const int64_t k = args_.k;
+    for (int64_t i = 0; i < k && i < kSortedSlots; i += kLine / sizeof(T)) {
+      __builtin_prefetch(args_.distances + row * k + i, 1);
+    }
+    for (int64_t i = 0; i < k && i < kSortedSlots; i += kLine / sizeof(int64_t)) {
+      __builtin_prefetch(args_.indices + row * k + i, 1);
+    }
+  }
+
   Node<T> node(int64_t id, int64_t begin, int64_t end) const {
-    const T* low = args_.boxes + id * 2 * dims_;
-    const T* high = low + dims_;
+    const T* low = args_.boxes + id * 2 * dims();
+    const T* high = low + dims();
     T distance = 0, center_distance = 0;
-    for (int d = 0; d < dims_; ++d) {
+    for (int d = 0; d < dims(); ++d) {
       const T gap = std::max(std::max(low[d] - high_[d], low_[d] - high[d]), T(0));
       distance = multiply_add(gap, gap, distance);
       const T between = (low[d] - high_[d]) + (high[d] - low_[d]);
@@ -112,11 +129,11 @@ class GroupSearch {
 
   void scan_candidates() {
     const int padded = (candidates_ + kLanes - 1) / kLanes * kLanes;
-    for (int d = 0; d < dims_; ++d) {
+    for (int d = 0; d < dims(); ++d) {
       for (int c = 0; c < padded; ++c) {
-        const T* box = args_.boxes + nodes_[std::min(c, candidates_ - 1)].id * 2 * dims_;
+        const T* box = args_.boxes + nodes_[std::min(c, candidates_ - 1)].id * 2 * dims();
         lows_[d][c] = box[d];
-        highs_[d][c] = box[dims_ + d];
+        highs_[d][c] = box[dims() + d];
       }
     }
     worst_ = Key<T>::make(0, 0);
@@ -130,13 +147,13 @@ class GroupSearch {
 
   void scan_for_query(int q) {
     Vector query[kMaxDims];
-    const T* coordinates = args_.query_coordinates + leaf_ * dims_ * kLeaf + first_ + q;
-    for (int d = 0; d < dims_; ++d) query[d] = broadcast(coordinates[d * kLeaf]);
+    const T* coordinates = args_.query_coordinates + leaf_ * dims() * kLeaf + first_ + q;
+    for (int d = 0; d < dims(); ++d) query[d] = broadcast(coordinates[d * kLeaf]);
     const int32_t self = args_.exclude_self ? args_.query_order[leaf_ * kLeaf + first_ + q] : -1;
     List list(states_[q]);
     for (int c = 0; c < candidates_; c += kLanes) {
       Vector bound{};
-      for (int d = 0; d < dims_; ++d) {
+      for (int d = 0; d < dims(); ++d) {
         const Vector gap =
             larger(larger(load(lows_[d] + c) - query[d], query[d] - load(highs_[d] + c)), Vector{});
         bound = multiply_add(gap, gap, bound);
@@ -153,29 +170,21 @@ class GroupSearch {
         if (Key<T>::make(bounds[lane], lowest) < list.worst()) scan_leaf(candidate.leaf, query, self, list);
       }
     }
-    list.save(states_[q]);
   }
 
   void scan_leaf(int64_t leaf, const Vector* query, int32_t self, List& list) const {
-    const T* coordinates = args_.coordinates + leaf * dims_ * kLeaf;
+    const T* coordinates = args_.coordinates + leaf * dims() * kLeaf;
     const int32_t* order = args_.order + leaf * kLeaf;
+    const Vector worst = broadcast(list.worst().distance());
+    typename List::Adder adder(list);
     for (int i = 0; i < kLeaf; i += kLanes) {
       Vector distance{};
-      for (int d = 0; d < dims_; ++d) {
+      for (int d = 0; d < dims(); ++d) {
         const Vector difference = load(coordinates + d * kLeaf + i) - query[d];
         distance = multiply_add(difference, difference, distance);
       }
-      uint32_t hits = not_greater(distance, broadcast(list.worst().distance()));
-      if (!hits) continue;
-      alignas(kVectorBytes) T distances[kLanes];
-      store(distances, distance);
-      for (; hits; hits &= hits - 1) {
-        const int lane = __builtin_ctz(hits);
-        const int32_t row = order[i + lane];
-        // The key of a padding slot is that of a missing neighbour, which is never below the worst.
-        const Key<T> key = Key<T>::make(distances[lane], row);
-        if (row != self && key < list.worst()) list.insert(key);
-      }
+      // The key of a padding slot is that of a missing neighbour, which is never below the worst.
+      adder.add(distance, order + i, not_greater(distance, worst) & ~equal_rows<kLanes>(order + i, self));
     }
   }
 
@@ -185,7 +194,6 @@ class GroupSearch {
   };
 
   const TreeSearchArgs<T>& args_;
-  const int64_t dims_;
   int64_t leaf_;
   int first_, count_;
   T low_[kMaxDims], high_[kMaxDims];
@@ -197,12 +205,30 @@ class GroupSearch {
   typename List::State states_[kGroup];
 };
 
+inline int queries_in(const int32_t* order) {
+  int count = kLeaf;
+  while (count && order[count - 1] < 0) --count;
+  return count;
+}
+
+template <int kDims, int kCapacity>
+void search_lanes(const TreeSearchArgs<float>& args, int64_t begin, int64_t end) {
+  LaneSearch<kDims, kCapacity> lanes(args);
+  for (int64_t leaf = begin; leaf < end; ++leaf) lanes.run(leaf, queries_in(args.query_order + leaf * kLeaf));
+}
+
+template <int kDims>
+void search_lanes(const TreeSearchArgs<float>& args, int64_t begin, int64_t end) {
+  if (args.slots.count <= 8) return search_lanes<kDims, 8>(args, begin, end);
+  if (args.slots.count <= 16) return search_lanes<kDims, 16>(args, begin, end);
+  search_lanes<kDims, 32>(args, begin, end);
+}
+
 template <typename T, int kDims, typename List>
 void search(const TreeSearchArgs<T>& args, int64_t begin, int64_t end) {
   GroupSearch<T, kDims, List> group(args);
   for (int64_t leaf = begin; leaf < end; ++leaf) {
-    int count = kLeaf;
-    while (count && args.query_order[leaf * kLeaf + count - 1] < 0) --count;
+    const int count = queries_in(args.query_order + leaf * kLeaf);
     if (std::is_same_v<List, BufferList<T>>) {
       for (int q = 0; q < count; ++q) group.run(leaf, q, 1);
     } else {
@@ -214,6 +240,11 @@ void search(const TreeSearchArgs<T>& args, int64_t begin, int64_t end) {
 }  // namespace
 
 void tree_search(const TreeSearchArgs<float>& args, int64_t begin, int64_t end) {
+  if (args.slots.count <= kLaneSlots) {
+    if (args.dims == 3) return search_lanes<3>(args, begin, end);
+    if (args.dims == 2) return search_lanes<2>(args, begin, end);
+    return search_lanes<0>(args, begin, end);
+  }
   with_list(0.0f, args.slots, [&](auto tag) {
     using List = typename decltype(tag)::type;
     if (args.dims == 3) return search<float, 3, List>(args, begin, end);

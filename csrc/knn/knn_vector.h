@@ -15,7 +15,7 @@ namespace {
 
 using FloatVector = Vector<float>;
 using DoubleVector = Vector<double>;
-typedef int64_t LongVector __attribute__((vector_size(kVectorBytes)));
+using RowVector = Index<float>;
 
 template <typename T>
 inline Vector<T> broadcast(T value) {
@@ -95,22 +95,104 @@ inline uint32_t not_greater(DoubleVector a, DoubleVector b) {
 #endif
 }
 
-// The lanes of `current` one place up; the last lane of `lower` comes in below.
-inline LongVector shift_up(LongVector lower, LongVector current) {
+// A bit for each of kCount rows that is `row`.
+template <int kCount>
+inline uint32_t equal_rows(const int32_t* rows, int32_t row) {
+  uint32_t bits = 0;
+  for (int lane = 0; lane < kCount; ++lane) bits |= uint32_t(rows[lane] == row) << lane;
+  return bits;
+}
+
+#if defined(__AVX2__)
+template <>
+inline uint32_t equal_rows<8>(const int32_t* rows, int32_t row) {
+  const __m256i equal = _mm256_cmpeq_epi32(_mm256_loadu_si256((const __m256i*)rows), _mm256_set1_epi32(row));
+  return _mm256_movemask_ps((__m256)equal);
+}
+#endif
 #if defined(__AVX512F__)
-  // The unmasked form makes GCC 12 warn of an undefined operand.
-  return (LongVector)_mm512_maskz_alignr_epi64(0xff, (__m512i)current, (__m512i)lower, 7);
+template <>
+inline uint32_t equal_rows<16>(const int32_t* rows, int32_t row) {
+  return _mm512_cmpeq_epi32_mask(_mm512_loadu_si512(rows), _mm512_set1_epi32(row));
+}
+#endif
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// For each mask the lanes that are set, a byte each.
+struct CompressTable {
+  uint64_t lanes[256] = {};
+  constexpr CompressTable() {
+    for (int mask = 0; mask < 256; ++mask) {
+      for (int lane = 0, place = 0; lane < 8; ++lane) {
+        if (mask >> lane & 1) lanes[mask] |= uint64_t(lane) << 8 * place++;
+      }
+    }
+  }
+};
+constexpr CompressTable kCompressTable;
+#endif
+
+// Stores the lanes of a and of b that are set in `mask`, one after the other; may write whole vectors.
+inline void store_lanes(float* target_a, FloatVector a, int32_t* target_b, const int32_t* b, uint32_t mask) {
+#if defined(__AVX512F__)
+  _mm512_storeu_ps(target_a, _mm512_maskz_compress_ps(mask, a));
+  _mm512_storeu_si512(target_b, _mm512_maskz_compress_epi32(mask, _mm512_loadu_si512(b)));
 #elif defined(__AVX2__)
-  const __m256i between = _mm256_permute2x128_si256((__m256i)lower, (__m256i)current, 0x21);
-  return (LongVector)_mm256_alignr_epi8((__m256i)current, between, 8);
+  const __m256i lanes = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)&kCompressTable.lanes[mask]));
+  _mm256_storeu_ps(target_a, _mm256_permutevar8x32_ps(a, lanes));
+  _mm256_storeu_si256((__m256i*)target_b,
+                      _mm256_permutevar8x32_epi32(_mm256_loadu_si256((const __m256i*)b), lanes));
 #else
-  return LongVector{lower[1], current[0]};
+  for (int place = 0; mask; mask &= mask - 1, ++place) {
+    const int lane = __builtin_ctz(mask);
+    target_a[place] = a[lane], target_b[place] = b[lane];
+  }
 #endif
 }
 
-template <typename V>
-inline V larger(V a, V b) {
+// The larger lanes.
+inline FloatVector larger(FloatVector a, FloatVector b) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_max_ps(0xffff, a, b);
+#elif defined(__AVX__)
+  return _mm256_max_ps(a, b);
+#elif defined(__SSE2__)
+  return _mm_max_ps(a, b);
+#else
   return a > b ? a : b;
+#endif
+}
+
+inline DoubleVector larger(DoubleVector a, DoubleVector b) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_max_pd(0xff, a, b);
+#elif defined(__AVX__)
+  return _mm256_max_pd(a, b);
+#elif defined(__SSE2__)
+  return _mm_max_pd(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+// A bit for each lane where (distance, row) is below (limit, limit row).
+inline uint32_t below(FloatVector distance, int32_t row, FloatVector limit, RowVector limit_row) {
+#if defined(__AVX512F__)
+  const __mmask16 ties = _mm512_cmp_ps_mask(distance, limit, _CMP_EQ_OQ);
+  return _mm512_cmp_ps_mask(distance, limit, _CMP_LT_OQ) |
+         _mm512_mask_cmpgt_epi32_mask(ties, (__m512i)limit_row, _mm512_set1_epi32(row));
+#else
+  const RowVector lanes = (distance < limit) | ((distance == limit) & (limit_row > row));
+#if defined(__AVX2__)
+  return _mm256_movemask_ps((__m256)lanes);
+#elif defined(__SSE2__)
+  return _mm_movemask_ps((__m128)lanes);
+#else
+  uint32_t bits = 0;
+  for (int lane = 0; lane < Lanes<float>::kCount; ++lane) bits |= uint32_t(lanes[lane] & 1) << lane;
+  return bits;
+#endif
+#endif
 }
 
 }  // namespace

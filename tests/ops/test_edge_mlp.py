@@ -12,20 +12,54 @@ def inputs(index=0):
     return CASES[index].make(torch.Generator().manual_seed(5), torch.float64)
 
 
+def outcome():
+    """Everything that edge_mlp and its statistics give, gradients included."""
+    arguments = inputs()
+    leaves = [arguments["x"], *arguments["weights"], *arguments["scales"], *arguments["shifts"]]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    output = edge_mlp(**arguments)
+    statistics = edge_mlp_statistics(
+        **{**arguments, "scales": arguments["scales"][:1], "shifts": arguments["shifts"][:1]}
+    )
+    total = output.square().sum() + statistics.variance.sum() + statistics.mean.square().sum()
+    return output, *statistics, *torch.autograd.grad(total, leaves)
+
+
 def test_the_size_of_tiles_does_not_show(monkeypatch):
+    monkeypatch.setattr(module, "has_tile_kernels", lambda x: False)
     outcomes = []
     for elements in (1, 1000, 1 << 30):
         monkeypatch.setattr(module, "TILE_ELEMENTS", elements)
-        arguments = inputs()
-        arguments["x"].requires_grad_()
+        outcomes.append(outcome())
+    for other in outcomes[1:]:
+        torch.testing.assert_close(other, outcomes[0], rtol=1e-10, atol=1e-10)
+
+
+def test_tiles_in_torch_give_what_the_kernels_give(monkeypatch, isa):
+    native = outcome()
+    monkeypatch.setattr(module, "has_tile_kernels", lambda x: False)
+    torch.testing.assert_close(outcome(), native, rtol=1e-10, atol=1e-10)
+
+
+def test_many_rounds_of_tiles_give_the_same_for_any_number_of_threads():
+    arguments = CASES[3].make(torch.Generator().manual_seed(5), torch.float32)
+    leaves = [arguments["x"], *arguments["weights"]]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    before, outcomes = torch.get_num_threads(), []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
         output = edge_mlp(**arguments)
-        statistics = edge_mlp_statistics(
-            **{**arguments, "scales": arguments["scales"][:1], "shifts": arguments["shifts"][:1]}
-        )
-        total = output.square().sum() + statistics.variance.sum() + statistics.mean.square().sum()
-        outcomes.append((output, *statistics, *torch.autograd.grad(total, arguments["x"])))
-    for outcome in outcomes[1:]:
-        torch.testing.assert_close(outcome, outcomes[0], rtol=1e-10, atol=1e-10)
+        p, q = torch.randn(3000, 9, generator=torch.Generator().manual_seed(1)).split([1500, 1500])
+        points = torch.randint(-1, 1500, (1500, 20), generator=torch.Generator().manual_seed(2))
+        layers = ([torch.ones(5, 9)], [torch.ones(9)], [torch.zeros(9)], 0.2)
+        seed = (None, None, torch.ones(5), torch.full((5,), 0.5))
+        gradients = torch.ops.avatar_ops.edge_layers_backward(*seed, p, q, points, *layers)
+        outcomes.append((output, *gradients[:2], *gradients[2]))
+    torch.set_num_threads(before)
+    for one, other in zip(*outcomes, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_one_layer_is_edge_conv():

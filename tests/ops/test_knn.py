@@ -97,6 +97,49 @@ def test_breaks_ties_by_index(dims, isa):
     assert not distances.any()
 
 
+def cloud_of(kind, count):
+    """Clouds whose distances are exact, with many ties."""
+    generator = torch.Generator().manual_seed(count)
+    points = torch.randint(-30, 31, (count, 3), generator=generator).float()
+    if kind == "far clusters":
+        points[::2] += 2.0**16
+    elif kind == "outliers":
+        points[:: count // 3] = 2.0**20
+    elif kind == "scales":
+        points *= 2.0 ** torch.randint(-20, 20, (count, 1), generator=generator)
+    elif kind == "line":
+        points = torch.arange(count).float().unsqueeze(1) * torch.tensor([1.0, 0.0, -2.0])
+    return points
+
+
+@pytest.mark.parametrize("kind", ["block", "far clusters", "outliers", "scales", "line"])
+@pytest.mark.parametrize("k", [1, 8, 16, 20, 33])
+def test_equals_brute_force_over_many_leaves(kind, k, isa):
+    points = cloud_of(kind, 600)
+    queries = points[::7] + 1
+    # Sums of squares of very different size are rounded, and not alike on every instruction set.
+    tolerance = 1e-6 if kind == "scales" else 0.0
+    for arguments in ({"exclude_self": True}, {}, {"queries": queries}):
+        (distances, indices), expected = knn(points, k, **arguments), reference.knn(points, k, **arguments)
+        torch.testing.assert_close(distances, expected[0], rtol=tolerance, atol=0)
+        if not tolerance:
+            assert torch.equal(indices, expected[1])
+
+
+@pytest.mark.parametrize("kind", ["block", "outliers"])
+def test_the_tree_does_not_depend_on_the_number_of_threads(kind, scaled):
+    points = cloud_of(kind, scaled(100_000, 2_000))
+    points[::5] = float("nan")
+    before, results = torch.get_num_threads(), []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        index = PointIndex(points)
+        results.append([*index.index, *index.knn(9, exclude_self=True)])
+    torch.set_num_threads(before)
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("dims", [3, 20])
 def test_exclude_self_goes_by_index_and_keeps_duplicates(dims):
     points = torch.ones(100, dims)
