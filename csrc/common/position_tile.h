@@ -76,11 +76,10 @@ class PositionTile {
         store(out + row * width + column, leaky_relu(sum, slope));
       };
       if (l == 0) {
-        const auto halves = [&](int64_t row, int64_t column) {
-          return load(mlp_.center_half + center(row) * width + column) +
-                 load(mlp_.neighbor_half + neighbor(row) * width + column);
+        const auto start = [&](int64_t row, int64_t column) {
+          return load(mlp_.center_part + center(row) * width + column);
         };
-        product(rows(), mlp_.dims + 1, width, code_.get(), mlp_.code_padded, layer.weight, halves, done);
+        product(rows(), mlp_.dims + 1, width, code_.get(), mlp_.code_padded, layer.weight, start, done);
       } else {
         const T* bias = layer.bias;
         const auto start = [=](int64_t, int64_t column) { return load(bias + column); };
@@ -137,9 +136,19 @@ class PositionTile {
   void geometry() {
     const int64_t dims = mlp_.dims, width = mlp_.code_padded;
     T* squared = code_.row(capacity_ * width);
-    for (int64_t row = 0; row < rows(); ++row) {
-      const T* p = mlp_.points + center(row) * dims;
-      const T* q = mlp_.points + neighbor(row) * dims;
+    if (dims == 3) {
+      typedef T Quad __attribute__((vector_size(4 * sizeof(T)), aligned(sizeof(T)), may_alias));
+      for (int64_t row = 0; row < rows(); ++row) {
+        const Quad difference = *reinterpret_cast<const Quad*>(mlp_.points + 4 * center(row)) -
+                                *reinterpret_cast<const Quad*>(mlp_.points + 4 * neighbor(row));
+        *reinterpret_cast<Quad*>(code_.get() + row * width) = difference;
+        const Quad squares = difference * difference;
+        squared[row] = squares[0] + squares[1] + squares[2];
+      }
+    }
+    for (int64_t row = 0; dims != 3 && row < rows(); ++row) {
+      const T* p = mlp_.points + center(row) * mlp_.point_stride;
+      const T* q = mlp_.points + neighbor(row) * mlp_.point_stride;
       T sum = 0;
       for (int64_t d = 0; d < dims; ++d) {
         const T difference = p[d] - q[d];
@@ -156,8 +165,8 @@ class PositionTile {
     const int64_t dims = mlp_.dims, width = mlp_.out_padded;
     for (int64_t row = 0; row < rows(); ++row) {
       T* code = hidden_.row(row * width);
-      std::copy_n(mlp_.points + center(row) * dims, dims, code);
-      std::copy_n(mlp_.points + neighbor(row) * dims, dims, code + dims);
+      std::copy_n(mlp_.points + center(row) * mlp_.point_stride, dims, code);
+      std::copy_n(mlp_.points + neighbor(row) * mlp_.point_stride, dims, code + dims);
       std::copy_n(code_.row(row * mlp_.code_padded), dims + 1, code + 2 * dims);
     }
   }
@@ -200,17 +209,22 @@ class PositionTile {
 };
 
 // Fills tiles with the edges of rows [begin, end), whole rows, and calls body(first row, rows) for each.
-// neighbors (rows, k) of clouds of `cloud` rows each. Returns the flat position of the first neighbour out of
-// range, or -1.
-template <typename T, typename Body>
+// neighbors (rows, k) of clouds of `cloud` rows each. ahead(point) is called a tile before an edge to that
+// point comes, to fetch what it will need. Returns the flat position of the first neighbour out of range, or
+// -1.
+template <typename T, typename Ahead, typename Body>
 inline int64_t walk_rows(PositionTile<T>& tile, const int64_t* neighbors, int64_t k, int64_t cloud,
-                         int64_t begin, int64_t end, const Body& body) {
+                         int64_t begin, int64_t end, const Ahead& ahead, const Body& body) {
+  const int64_t distance = tile.capacity() / std::max<int64_t>(k, 1) * k;
   for (int64_t row = begin; row < end;) {
     tile.clear();
     const int64_t first = row;
     for (; row < end && row - first < tile.capacity() && tile.count() + k <= tile.capacity(); ++row) {
       const int64_t base = row / cloud * cloud;
       tile.begin_segment(row);
+      for (int64_t edge = row * k + distance; edge < std::min((row + 1) * k + distance, end * k); ++edge) {
+        if (neighbors[edge] >= 0 && neighbors[edge] < cloud) ahead(base + neighbors[edge]);
+      }
       for (int64_t edge = row * k; edge < (row + 1) * k; ++edge) {
         if (neighbors[edge] == -1) continue;
         if (neighbors[edge] < 0 || neighbors[edge] >= cloud) return edge;
@@ -273,7 +287,7 @@ class PointBlock {
       for (int64_t p = 0; p < count; ++p) {
         const bool any = offsets[p] < offsets[p + 1];
         for (int64_t d = 0; d < dims; ++d) {
-          points_.get()[p * dims_padded + d] = any ? mlp_.points[(first + p) * dims + d] : T(0);
+          points_.get()[p * dims_padded + d] = any ? mlp_.points[(first + p) * mlp_.point_stride + d] : T(0);
         }
       }
       add_rows(count, sums_.get(), width_, width_, weights + mlp_.layers[0].bias_gradient);
