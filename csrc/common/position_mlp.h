@@ -34,12 +34,13 @@ struct PositionMlp {
   int64_t widest;       // the widest of code_padded and all out
 };
 
-// The edges into each point, for gradients: see ReverseAdjacency. Edge e starts at row first_row + e / k.
+// The `count` edges into each point, for gradients: see ReverseAdjacency. Edge e starts at row first_row + e
+// / k.
 template <typename T>
 struct IncomingEdges {
   const int64_t* offsets;
   const int64_t* edges;
-  int64_t first_row, first_point, k;
+  int64_t count, first_row, first_point, k;
   T* edge_gradient;  // (edges, dims): what edges send to their centres, or null
   T* grad_points;    // (rows, dims): what they send to the point they lead to is added, or null
 };

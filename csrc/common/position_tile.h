@@ -23,7 +23,7 @@ class PositionTile {
   PositionTile(const PositionMlp<T>& mlp, int64_t least_rows)
       : mlp_(mlp),
         capacity_(round_up(std::max(kTileRows, least_rows), kRowBlock)),
-        indices_(5 * capacity_ + 1),
+        indices_(6 * capacity_ + 1),
         code_(capacity_ * (mlp.code_padded + 1)),
         hidden_(capacity_ * mlp.hidden_sum) {
     std::fill_n(code_.get(), capacity_ * mlp.code_padded, T(0));
@@ -37,15 +37,20 @@ class PositionTile {
   int64_t segment_begin(int64_t s) const { return starts()[s]; }
   int64_t segment_end(int64_t s) const { return s + 1 < segments_ ? starts()[s + 1] : count_; }
   int64_t segment_point(int64_t s) const { return points()[s]; }
-  int64_t center(int64_t row) const { return indices_.get()[row]; }
-  int64_t neighbor(int64_t row) const { return indices_.get()[capacity_ + row]; }
+  const int64_t* centers() const { return indices_.get(); }
+  const int64_t* neighbors() const { return indices_.get() + capacity_; }
+  int64_t center(int64_t row) const { return centers()[row]; }
+  int64_t neighbor(int64_t row) const { return neighbors()[row]; }
   int64_t edge(int64_t row) const { return indices_.get()[2 * capacity_ + row]; }
+  const int64_t* next_centers() const { return indices_.get() + 5 * capacity_ + 1; }
 
   void clear() { count_ = segments_ = 0; }
   void begin_segment(int64_t point) {
     starts()[segments_] = count_;
     points()[segments_++] = point;
   }
+  // For the row that is added next.
+  void set_next_center(int64_t center) { indices_.get()[5 * capacity_ + 1 + count_] = center; }
   void add(int64_t center, int64_t neighbor, int64_t edge) {
     indices_.get()[count_] = center;
     indices_.get()[capacity_ + count_] = neighbor;
@@ -64,6 +69,7 @@ class PositionTile {
     for (int64_t row = count_; row < rows(); ++row) {
       indices_.get()[row] = center(count_ - 1);
       indices_.get()[capacity_ + row] = neighbor(count_ - 1);
+      indices_.get()[5 * capacity_ + 1 + row] = center(count_ - 1);
     }
     geometry();
     if (mlp_.depth == 0) return whole_code();
@@ -76,8 +82,8 @@ class PositionTile {
         store(out + row * width + column, leaky_relu(sum, slope));
       };
       if (l == 0) {
-        const auto start = [&](int64_t row, int64_t column) {
-          return load(mlp_.center_part + center(row) * width + column);
+        const auto start = [=, part = mlp_.center_part, centers = centers()](int64_t row, int64_t column) {
+          return load(part + centers[row] * width + column);
         };
         product(rows(), mlp_.dims + 1, width, code_.get(), mlp_.code_padded, layer.weight, start, done);
       } else {
@@ -237,10 +243,17 @@ inline int64_t walk_rows(PositionTile<T>& tile, const int64_t* neighbors, int64_
 }
 
 // Fills tiles with the edges into points [first, first + count), count at most kPointBlock, and calls body()
-// for each; segments name points relative to `first`.
+// for each; segments name points relative to `first`. Meanwhile tile.next_center(row) is the centre of the
+// edge that comes a tile later, for `body` to fetch what it will need.
 template <typename T, typename Body>
 inline void walk_incoming(PositionTile<T>& tile, const IncomingEdges<T>& incoming, int64_t first,
                           int64_t count, const Body& body) {
+  // Exact up to 2^50 edges, and cheaper than a division.
+  const double share = 1. / static_cast<double>(incoming.k);
+  const auto center = [&](int64_t e) {
+    const double edge = static_cast<double>(incoming.edges[e]);
+    return incoming.first_row + static_cast<int64_t>((edge + 0.5) * share);
+  };
   tile.clear();
   for (int64_t p = 0; p < count; ++p) {
     const int64_t* offset = incoming.offsets + first - incoming.first_point + p;
@@ -252,7 +265,8 @@ inline void walk_incoming(PositionTile<T>& tile, const IncomingEdges<T>& incomin
         tile.clear();
         tile.begin_segment(p);
       }
-      tile.add(incoming.first_row + incoming.edges[e] / incoming.k, first + p, incoming.edges[e]);
+      tile.set_next_center(center(std::min(e + tile.capacity(), incoming.count - 1)));
+      tile.add(center(e), first + p, incoming.edges[e]);
     }
   }
   if (tile.count() > 0) body();

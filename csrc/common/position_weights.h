@@ -243,8 +243,14 @@ std::vector<T> backward_by_points(const Tensor& neighbors, int64_t gradient_size
         const int64_t rows = std::min(rows_a_round, cloud - row), first_row = b * cloud + row;
         const int64_t* edges = const_data<int64_t>(neighbors) + first_row * k;
         const ReverseAdjacency reverse = reverse_adjacency(edges, clouds, rows, k, cloud);
-        const IncomingEdges<T> incoming{reverse.offsets.data(), reverse.edges.data(), first_row, b * cloud, k,
-                                        edge_gradient.get(),    grad_points};
+        const IncomingEdges<T> incoming{reverse.offsets.data(),
+                                        reverse.edges.data(),
+                                        static_cast<int64_t>(reverse.edges.size()),
+                                        first_row,
+                                        b * cloud,
+                                        k,
+                                        edge_gradient.get(),
+                                        grad_points};
         const int64_t size = (points + blocks - 1) / blocks;
         parallel_tasks(blocks, [&](int64_t block) {
           const int64_t begin = std::min(block * size, points), end = std::min(begin + size, points);

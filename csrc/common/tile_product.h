@@ -91,7 +91,8 @@ struct Numbers<double> {
 template <typename T>
 inline Vector<T> exp_nonpositive(Vector<T> x) {
   using N = Numbers<T>;
-  x = N::least > x ? splat<T>(N::least) : x;
+  const Vector<T> least = splat<T>(N::least);
+  x = least > x ? least : x;
   const Vector<T> shifted = x * N::log2e + N::round;
   const Vector<T> power = shifted - N::round;
   Vector<T> r = x - power * N::ln2_high;
@@ -145,8 +146,9 @@ inline int64_t padded(int64_t columns) {
 }
 
 template <int kVectors, typename T, typename Init, typename Done>
-inline void product_panel(int64_t row, int64_t column, int64_t depth, const T* a, int64_t lda, const T* panel,
-                          const Init& init, const Done& done) {
+__attribute__((always_inline)) inline void product_panel(int64_t row, int64_t column, int64_t depth,
+                                                         const T* a, int64_t lda, const T* panel,
+                                                         const Init& init, const Done& done) {
   Vector<T> sum[kRowBlock][kVectors];
   for (int r = 0; r < kRowBlock; ++r) {
     for (int v = 0; v < kVectors; ++v) sum[r][v] = init(row + r, column + v * kLanes<T>);
@@ -166,10 +168,13 @@ inline void product_panel(int64_t row, int64_t column, int64_t depth, const T* a
 }
 
 // One panel of columns from `column` on of init + a b for all rows, a multiple of kRowBlock; b is packed (see
-// pack_panels). `init(row, column)` gives the vector to start from, `done(row, column, vector)` takes it.
+// pack_panels). `init(row, column)` gives the vector to start from, `done(row, column, vector)` takes it:
+// best if they hold what they use by value, as stores might change what they refer to. Not inlined, as
+// constants of the code around it would take the registers of the sums.
 template <typename T, typename Init, typename Done>
-inline void product_columns(int64_t rows, int64_t depth, int64_t column, int64_t columns, const T* a,
-                            int64_t lda, const T* packed, const Init& init, const Done& done) {
+__attribute__((noinline)) void product_columns(int64_t rows, int64_t depth, int64_t column, int64_t columns,
+                                               const T* a, int64_t lda, const T* packed, Init init,
+                                               Done done) {
   const T* panel = packed + depth * column;
   if (columns - column >= kPanelVectors * kLanes<T>) {
     for (int64_t row = 0; row < rows; row += kRowBlock) {
@@ -222,6 +227,38 @@ inline void add_outer(int64_t rows, const T* a, int64_t a_columns, int64_t lda, 
       } else {
         outer_block<1>(rows, a + i, lda, b + j, ldb, c + i * ldc + j, ldc);
       }
+    }
+  }
+}
+
+// add_outer for many calls on one c, kept in the order in which they go through it: blocks of kOuterBlock
+// rows and a panel of columns, one after the other.
+template <typename T>
+inline void add_outer_packed(int64_t rows, const T* a, int64_t a_columns, int64_t lda, const T* b,
+                             int64_t b_columns, int64_t ldb, T* packed) {
+  constexpr int64_t kPanel = kPanelVectors * kLanes<T>;
+  for (int64_t i = 0; i < a_columns; i += kOuterBlock<T>) {
+    int64_t j = 0;
+    for (; j + kPanel <= b_columns; j += kPanel, packed += kOuterBlock<T> * kPanel) {
+      outer_block<kPanelVectors>(rows, a + i, lda, b + j, ldb, packed, kPanel);
+    }
+    for (; j < b_columns; j += kLanes<T>, packed += kOuterBlock<T> * kLanes<T>) {
+      outer_block<1>(rows, a + i, lda, b + j, ldb, packed, kLanes<T>);
+    }
+  }
+}
+
+// c (rows, columns) += what add_outer_packed gathered.
+template <typename T>
+inline void add_packed(int64_t rows, int64_t columns, const T* packed, T* c, int64_t ldc) {
+  constexpr int64_t kPanel = kPanelVectors * kLanes<T>;
+  for (int64_t i = 0; i < rows; i += kOuterBlock<T>) {
+    for (int64_t j = 0; j < columns;) {
+      const int64_t width = columns - j >= kPanel ? kPanel : kLanes<T>;
+      for (int64_t r = 0; r < kOuterBlock<T>; ++r) {
+        for (int64_t x = 0; x < width; ++x) c[(i + r) * ldc + j + x] += *packed++;
+      }
+      j += width;
     }
   }
 }

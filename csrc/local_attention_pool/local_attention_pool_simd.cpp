@@ -8,23 +8,6 @@ namespace avatar {
 namespace AVATAR_ISA {
 namespace {
 
-// What one edge's hidden vector holds at `column`: the neighbour's feature, then the position network's
-// output.
-template <typename T>
-struct HiddenRows {
-  const PoolArgs<T>& args;
-  const PositionTile<T>& tile;
-  const T* position;
-
-  explicit HiddenRows(const PoolArgs<T>& args, const PositionTile<T>& tile)
-      : args(args), tile(tile), position(tile.output()) {}
-  Vector<T> operator()(int64_t row, int64_t column) const {
-    return column < args.channels_padded
-               ? load(args.features + tile.neighbor(row) * args.channels_padded + column)
-               : load(position + row * args.position.out_padded + column - args.channels_padded);
-  }
-};
-
 // Softmax over each segment's scores of kVectors vectors of channels: scores turn into weights that are not
 // yet divided by their sum. `most` (segments, kVectors) takes the largest scores.
 template <int kVectors, typename T>
@@ -93,6 +76,7 @@ int64_t pool_rows(const PoolArgs<T>& args, int64_t begin, int64_t end) {
   PositionTile<T> tile(args.position, args.k);
   Scratch<T> panel(tile.capacity() * kPanel), largest(tile.capacity() * kPanel);
   T *scores = panel.get(), *most = largest.get();
+  const int64_t* neighbors = tile.neighbors();
   const auto ahead = [&](int64_t point) {
     fetch(args.position.points + point * args.position.point_stride, args.position.point_stride);
     fetch(args.scores + point * args.hidden, args.hidden);
@@ -104,7 +88,9 @@ int64_t pool_rows(const PoolArgs<T>& args, int64_t begin, int64_t end) {
       product_columns(
           tile.rows(), args.position.out_padded, column, args.hidden, tile.output(), args.position.out_padded,
           args.position_weight,
-          [&](int64_t row, int64_t c) { return load(args.scores + tile.neighbor(row) * args.hidden + c); },
+          [=, features = args.scores, hidden = args.hidden](int64_t row, int64_t c) {
+            return load(features + neighbors[row] * hidden + c);
+          },
           [=](int64_t row, int64_t c, Vector<T> sum) { store(scores + row * kPanel + c - column, sum); });
       const int64_t width = std::min(kPanel, args.hidden - column);
       if (width == kPanel) {
@@ -123,35 +109,49 @@ int64_t pool_rows(const PoolArgs<T>& args, int64_t begin, int64_t end) {
   });
 }
 
-// Gradients of the scores and of what they weigh, for one vector of channels.
+// What one tile of edges leaves behind on its way back: gradients of scores, `stride` apart, and of what the
+// position network gave; sums of both over the edges into each point.
 template <typename T>
+struct TileGradients {
+  T* scores;
+  int64_t stride;
+  T *positions, *score_sums, *feature_sums;
+};
+
+// Gradients of the scores and of what they weigh, for one vector of channels.
+template <bool kFeature, typename T>
 void unpool_column(const PoolBackwardArgs<T>& args, const PositionTile<T>& tile, const T* scores,
-                   int64_t stride, int64_t column, T* score_gradients, T* position_gradients, T* score_sums,
-                   T* feature_sums) {
+                   int64_t score_stride, int64_t column, const TileGradients<T>& gradients) {
   const PoolArgs<T>& pool = args.pool;
-  const HiddenRows<T> hidden(pool, tile);
-  const bool feature = column < pool.channels_padded;
+  const int64_t hidden = pool.hidden, stride = gradients.stride;
+  const int64_t place = kFeature ? column : column - pool.channels_padded;
+  const int64_t row_stride = kFeature ? pool.channels_padded : pool.position.out_padded;
+  const T* values = (kFeature ? pool.features : tile.output()) + place;
+  const T *statistics = args.statistics + column, *grad = args.grad + column, *pooled = args.pooled + column;
+  T *score_gradients = gradients.scores + column, *position_gradients = gradients.positions + place;
+  const int64_t *centers = tile.centers(), *neighbors = tile.neighbors();
   for (int64_t s = 0; s < tile.segments(); ++s) {
-    const int64_t point = tile.segment_point(s);
+    const int64_t point = tile.segment_point(s), end = tile.segment_end(s);
     Vector<T> score_sum{}, feature_sum{};
-    for (int64_t row = tile.segment_begin(s); row < tile.segment_end(s); ++row) {
-      const int64_t center = tile.center(row) * pool.hidden + column;
+    for (int64_t row = tile.segment_begin(s); row < end; ++row) {
+      const int64_t center = centers[row] * hidden;
       const Vector<T> attention =
-          exp_nonpositive<T>(load(scores + row * stride) - load(args.statistics + center));
-      const Vector<T> weighted = attention * load(args.grad + center);
-      const Vector<T> gradient = weighted * (hidden(row, column) - load(args.pooled + center));
-      store(score_gradients + row * pool.hidden + column, gradient);
+          exp_nonpositive<T>(load(scores + row * score_stride) - load(statistics + center));
+      const Vector<T> weighted = attention * load(grad + center);
+      const Vector<T> value = load(values + (kFeature ? neighbors[row] : row) * row_stride);
+      const Vector<T> gradient = weighted * (value - load(pooled + center));
+      store(score_gradients + row * stride, gradient);
       score_sum += gradient;
-      if (feature) {
+      if (kFeature) {
         feature_sum += weighted;
       } else {
-        store(position_gradients + row * pool.position.out_padded + column - pool.channels_padded, weighted);
+        store(position_gradients + row * row_stride, weighted);
       }
     }
-    T* total = score_sums + point * pool.hidden + column;
+    T* total = gradients.score_sums + point * hidden + column;
     store(total, load(total) + score_sum);
-    if (!feature) continue;
-    total = feature_sums + point * pool.channels_padded + column;
+    if (!kFeature) continue;
+    total = gradients.feature_sums + point * row_stride + column;
     store(total, load(total) + feature_sum);
   }
 }
@@ -162,37 +162,55 @@ void backward_points(const PoolBackwardArgs<T>& args, int64_t begin, int64_t end
   const PoolArgs<T>& pool = args.pool;
   const PositionMlp<T>& mlp = pool.position;
   const int64_t hidden = pool.hidden, channels = pool.channels_padded, position = mlp.out_padded;
+  // Rows a power of two apart would share few sets of the cache.
+  const int64_t stride = hidden + kPanel;
   PositionTile<T> tile(mlp, 0);
   PointBlock<T> block(mlp);
   const int64_t capacity = tile.capacity();
-  Scratch<T> panel(capacity * kPanel), score_gradients(capacity * hidden);
+  Scratch<T> panel(capacity * kPanel), score_gradients(capacity * stride);
   Scratch<T> gradient(capacity * mlp.widest), other(capacity * mlp.widest);
   Scratch<T> features(kPointBlock * channels), scores(kPointBlock * hidden);
   Scratch<T> score_sums(kPointBlock * hidden), feature_sums(kPointBlock * channels);
+  Scratch<T> position_outer(hidden * position);
+  std::fill_n(position_outer.get(), hidden * position, T(0));
   T* dU = weights + args.score_gradient;
+
+  const TileGradients<T> gradients{score_gradients.get(), stride, gradient.get(), score_sums.get(),
+                                   feature_sums.get()};
 
   const auto tile_backward = [&](int64_t first) {
     tile.forward();
     for (int64_t column = 0; column < hidden; column += kPanel) {
       product_columns(
           tile.rows(), position, column, hidden, tile.output(), position, pool.position_weight,
-          [&](int64_t row, int64_t c) {
-            return load(scores.get() + (tile.neighbor(row) - first) * hidden + c);
+          [=, scores = scores.get(), neighbors = tile.neighbors(), next = tile.next_centers(),
+           statistics = args.statistics, grad = args.grad, pooled = args.pooled](int64_t row, int64_t c) {
+            if (c == column) {
+              const int64_t place = next[row] * hidden + c;
+              __builtin_prefetch(statistics + place);
+              __builtin_prefetch(grad + place);
+              __builtin_prefetch(pooled + place);
+            }
+            return load(scores + (neighbors[row] - first) * hidden + c);
           },
-          [&](int64_t row, int64_t c, Vector<T> sum) {
-            store(panel.get() + row * kPanel + c - column, sum);
+          [=, panel = panel.get()](int64_t row, int64_t c, Vector<T> sum) {
+            store(panel + row * kPanel + c - column, sum);
           });
       for (int64_t c = column; c < std::min(column + kPanel, hidden); c += kLanes<T>) {
-        unpool_column(args, tile, panel.get() + c - column, kPanel, c, score_gradients.get(), gradient.get(),
-                      score_sums.get(), feature_sums.get());
+        const auto unpool = c < channels ? unpool_column<true, T> : unpool_column<false, T>;
+        unpool(args, tile, panel.get() + c - column, kPanel, c, gradients);
       }
     }
     product(
-        tile.rows(), hidden, position, score_gradients.get(), hidden, args.position_score,
-        [&](int64_t row, int64_t c) { return load(gradient.get() + row * position + c); },
-        [&](int64_t row, int64_t c, Vector<T> sum) { store(gradient.get() + row * position + c, sum); });
-    add_outer(tile.count(), score_gradients.get(), hidden, hidden, tile.output(), position, position,
-              dU + channels, hidden);
+        tile.rows(), hidden, position, score_gradients.get(), stride, args.position_score,
+        [=, gradient = gradient.get()](int64_t row, int64_t c) {
+          return load(gradient + row * position + c);
+        },
+        [=, gradient = gradient.get()](int64_t row, int64_t c, Vector<T> sum) {
+          store(gradient + row * position + c, sum);
+        });
+    add_outer_packed(tile.count(), score_gradients.get(), hidden, stride, tile.output(), position, position,
+                     position_outer.get());
     tile.backward(gradient.get(), other.get(), weights, block.sums(), block.gradients(),
                   args.incoming.edge_gradient);
   };
@@ -221,12 +239,13 @@ void backward_points(const PoolBackwardArgs<T>& args, int64_t begin, int64_t end
     T* grad_features = args.grad_features + first * channels;
     product(
         round_up(count, kRowBlock), hidden, channels, score_sums.get(), hidden, args.feature_score,
-        [&](int64_t row, int64_t c) { return load(feature_sums.get() + row * channels + c); },
+        [=, sums = feature_sums.get()](int64_t row, int64_t c) { return load(sums + row * channels + c); },
         [=](int64_t row, int64_t c, Vector<T> sum) {
           T* target = grad_features + row * channels + c;
           if (row < count) store(target, load(target) + sum);
         });
   }
+  add_packed(hidden, position, position_outer.get(), dU + channels, hidden);
 }
 
 }  // namespace
