@@ -210,7 +210,7 @@ class RandLANet(nn.Module):
         for layer, nearest, skip in zip(
             self.decoder, reversed(pyramid.nearest), reversed(skips), strict=True
         ):
-            x = _activate(layer(torch.cat([skip, x.index_select(1, nearest)], -1)))
+            x = _activate(layer.split_forward(skip, x, nearest))
         if self.head is None:
             return x
         for layer in self.head:
@@ -325,4 +325,4 @@ def _for_batch(neighbors: Tensor, like: Tensor) -> Tensor:
 
 
 def _activate(x: Tensor) -> Tensor:
-    return F.leaky_relu(x, NEGATIVE_SLOPE)
+    return F.leaky_relu(x, NEGATIVE_SLOPE, inplace=True)

@@ -101,6 +101,7 @@ class PositionWeights {
     mlp_.widest = mlp_.code_padded;
     for (int64_t l = 0; l < depth_; ++l) {
       weights_.push_back(to_compute(weights[l]));
+      weight_data_.push_back(const_data<T>(weights_.back()));
       biases_.push_back(to_compute(biases[l]));
       add_layer(l);
     }
@@ -156,7 +157,7 @@ class PositionWeights {
  private:
   T at(int64_t l, int64_t row, int64_t column) const {
     const int64_t rows = weights_[l].size(0), columns = weights_[l].size(1);
-    return row < rows && column < columns ? const_data<T>(weights_[l])[row * columns + column] : T(0);
+    return row < rows && column < columns ? weight_data_[l][row * columns + column] : T(0);
   }
 
   void add_layer(int64_t l) {
@@ -208,6 +209,7 @@ class PositionWeights {
   Tensor points_;
   int64_t depth_, gradient_size_ = 0;
   std::vector<Tensor> weights_, biases_;
+  std::vector<const T*> weight_data_;
   std::vector<PositionLayer<T>> layers_;
   std::vector<std::vector<T>> packed_;
   std::vector<T> to_neighbor_;
