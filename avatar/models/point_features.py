@@ -33,7 +33,7 @@ class Pyramid:
     missing neighbour.
     """
 
-    samples: list[Tensor]  # (N_{l+1},) int64 per transition: the points of level l that stay, ascending
+    samples: list[Tensor]  # (N_{l+1},) int64 per transition: the points of level l that stay
     neighbors: list[Tensor]  # (N_l, K) int64 per level but the last, the point itself included
     nearest: list[Tensor]  # (N_l,) int64 per transition: the nearest point of level l + 1
     graph: Tensor  # (N_g, K_g) int64: neighbours for the EdgeConv layers, the point itself included
@@ -76,6 +76,23 @@ def level_sizes(num_points: int, ratios: Sequence[int]) -> list[int]:
     return sizes
 
 
+def curve_codes(points: Tensor) -> Tensor:
+    """(N,) int64 places of points (N, 3) along Morton's space-filling curve with 2**20 steps a side."""
+    low = points.amin(0)
+    extent = (points.amax(0) - low).amax().clamp(min=torch.finfo(points.dtype).tiny)
+    codes = ((points - low) / extent * (2**20 - 1)).long()
+    # Leaves two bits free after each bit, halving the runs of bits that stay together.
+    for shift, mask in (
+        (32, 0x1F00000000FFFF),
+        (16, 0x1F0000FF0000FF),
+        (8, 0x100F00F00F00F00F),
+        (4, 0x10C30C30C30C30C3),
+        (2, 0x1249249249249249),
+    ):
+        codes = (codes | codes << shift) & mask
+    return codes[:, 0] | codes[:, 1] << 1 | codes[:, 2] << 2
+
+
 @torch.no_grad()
 def build_pyramid(points: Tensor, config: PointFeaturesConfig, seed: int) -> Pyramid:
     """The levels and graphs of a cloud; the same points, options and seed give the same again.
@@ -103,8 +120,12 @@ def build_pyramid(points: Tensor, config: PointFeaturesConfig, seed: int) -> Pyr
         if level > 0:
             key = keyed_generator(seed, "pyramid", level).initial_seed()
             sample = avatar_ops.random_sample(len(current), size, seed=key, device=points.device)
-            # In the order of their level, so that near points stay near in memory if they were.
-            sample = sample.sort().values
+            # Near points are near in memory from the first sampled level on.
+            sample = (
+                sample[curve_codes(current[sample]).argsort(stable=True)]
+                if level == 1
+                else sample.sort().values
+            )
             pyramid.samples.append(sample)
             finer, current = current, current[sample]
         index = avatar_ops.PointIndex(current)
@@ -210,7 +231,7 @@ class RandLANet(nn.Module):
         for layer, nearest, skip in zip(
             self.decoder, reversed(pyramid.nearest), reversed(skips), strict=True
         ):
-            x = _activate(layer(torch.cat([skip, x.index_select(1, nearest)], -1)))
+            x = _activate(layer.split_forward(skip, x, nearest))
         if self.head is None:
             return x
         for layer in self.head:
@@ -325,4 +346,4 @@ def _for_batch(neighbors: Tensor, like: Tensor) -> Tensor:
 
 
 def _activate(x: Tensor) -> Tensor:
-    return F.leaky_relu(x, NEGATIVE_SLOPE)
+    return F.leaky_relu(x, NEGATIVE_SLOPE, inplace=True)

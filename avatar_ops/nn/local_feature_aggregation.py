@@ -12,6 +12,14 @@ from ..local_attention_pool import local_attention_pool
 from .batch_norm import track, uses_batch_statistics
 
 
+def accumulate(total: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """total + linear(x), in place; total is contiguous, and autocast decides the dtype of both."""
+    if torch.is_autocast_enabled(x.device.type):
+        return total + F.linear(x, weight)
+    total.view(-1, total.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), weight.t())
+    return total
+
+
 class LinearNorm(nn.Module):
     """Linear map and batch normalisation; called, over points. `fold` serves edges that are never formed."""
 
@@ -26,6 +34,18 @@ class LinearNorm(nn.Module):
             return self.norm(y.reshape(-1, y.shape[-1])).view(y.shape)
         weight, bias = self.fold(self.norm.running_mean, self.norm.running_var)
         return F.linear(x, weight, bias)
+
+    def split_forward(self, x: Tensor, rest: Tensor, place: Tensor) -> Tensor:
+        """`forward` of [x ; rest[place]] over (B, N, .), rest (B, M, .) and place (N,).
+
+        In evaluation the rows of `rest` go through their part of the linear map before they are copied.
+        """
+        if uses_batch_statistics(self.norm):
+            return self(torch.cat([x, rest.index_select(1, place)], -1))
+        weight, bias = self.fold(self.norm.running_mean, self.norm.running_var)
+        width = x.shape[-1]
+        mapped = F.linear(rest, weight[:, width:], bias)
+        return accumulate(mapped.index_select(1, place), x, weight[:, :width])
 
     def fold(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
         """Weight and bias that do both at once, given the statistics of what the linear map gives."""
@@ -118,7 +138,7 @@ class LocalFeatureAggregation(nn.Module):
         for layer in self.encode:
             weight, bias = self._encoding(layer, points, neighbors, weights, biases)
             weights, biases = [*weights, weight], [*biases, bias]
-        x = F.leaky_relu(self.reduce(features), self.negative_slope)
+        x = F.leaky_relu(self.reduce(features), self.negative_slope, inplace=True)
         for depth, (score, attend) in enumerate(zip(self.scores, self.attend, strict=True), start=1):
             x = local_attention_pool(
                 points,
@@ -129,8 +149,18 @@ class LocalFeatureAggregation(nn.Module):
                 score.weight,
                 negative_slope=self.negative_slope,
             )
-            x = F.leaky_relu(attend(x), self.negative_slope)
-        return F.leaky_relu(self.expand(x) + self.shortcut(features), self.negative_slope)
+            x = F.leaky_relu(attend(x), self.negative_slope, inplace=True)
+        return F.leaky_relu(self._residual(x, features), self.negative_slope, inplace=True)
+
+    def _residual(self, x: Tensor, features: Tensor) -> Tensor:
+        expand, shortcut = self.expand, self.shortcut
+        if uses_batch_statistics(expand.norm) or uses_batch_statistics(shortcut.norm):
+            return expand(x) + shortcut(features)
+        (expand_weight, expand_bias), (shortcut_weight, shortcut_bias) = (
+            layer.fold(layer.norm.running_mean, layer.norm.running_var) for layer in (expand, shortcut)
+        )
+        total = F.linear(features, shortcut_weight, expand_bias + shortcut_bias)
+        return accumulate(total, x, expand_weight)
 
     def _encoding(
         self,

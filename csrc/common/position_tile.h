@@ -23,7 +23,7 @@ class PositionTile {
   PositionTile(const PositionMlp<T>& mlp, int64_t least_rows)
       : mlp_(mlp),
         capacity_(round_up(std::max(kTileRows, least_rows), kRowBlock)),
-        indices_(5 * capacity_ + 1),
+        indices_(6 * capacity_ + 1),
         code_(capacity_ * (mlp.code_padded + 1)),
         hidden_(capacity_ * mlp.hidden_sum) {
     std::fill_n(code_.get(), capacity_ * mlp.code_padded, T(0));
@@ -37,15 +37,20 @@ class PositionTile {
   int64_t segment_begin(int64_t s) const { return starts()[s]; }
   int64_t segment_end(int64_t s) const { return s + 1 < segments_ ? starts()[s + 1] : count_; }
   int64_t segment_point(int64_t s) const { return points()[s]; }
-  int64_t center(int64_t row) const { return indices_.get()[row]; }
-  int64_t neighbor(int64_t row) const { return indices_.get()[capacity_ + row]; }
+  const int64_t* centers() const { return indices_.get(); }
+  const int64_t* neighbors() const { return indices_.get() + capacity_; }
+  int64_t center(int64_t row) const { return centers()[row]; }
+  int64_t neighbor(int64_t row) const { return neighbors()[row]; }
   int64_t edge(int64_t row) const { return indices_.get()[2 * capacity_ + row]; }
+  const int64_t* next_centers() const { return indices_.get() + 5 * capacity_ + 1; }
 
   void clear() { count_ = segments_ = 0; }
   void begin_segment(int64_t point) {
     starts()[segments_] = count_;
     points()[segments_++] = point;
   }
+  // For the row that is added next.
+  void set_next_center(int64_t center) { indices_.get()[5 * capacity_ + 1 + count_] = center; }
   void add(int64_t center, int64_t neighbor, int64_t edge) {
     indices_.get()[count_] = center;
     indices_.get()[capacity_ + count_] = neighbor;
@@ -64,6 +69,7 @@ class PositionTile {
     for (int64_t row = count_; row < rows(); ++row) {
       indices_.get()[row] = center(count_ - 1);
       indices_.get()[capacity_ + row] = neighbor(count_ - 1);
+      indices_.get()[5 * capacity_ + 1 + row] = center(count_ - 1);
     }
     geometry();
     if (mlp_.depth == 0) return whole_code();
@@ -76,11 +82,10 @@ class PositionTile {
         store(out + row * width + column, leaky_relu(sum, slope));
       };
       if (l == 0) {
-        const auto halves = [&](int64_t row, int64_t column) {
-          return load(mlp_.center_half + center(row) * width + column) +
-                 load(mlp_.neighbor_half + neighbor(row) * width + column);
+        const auto start = [=, part = mlp_.center_part, centers = centers()](int64_t row, int64_t column) {
+          return load(part + centers[row] * width + column);
         };
-        product(rows(), mlp_.dims + 1, width, code_.get(), mlp_.code_padded, layer.weight, halves, done);
+        product(rows(), mlp_.dims + 1, width, code_.get(), mlp_.code_padded, layer.weight, start, done);
       } else {
         const T* bias = layer.bias;
         const auto start = [=](int64_t, int64_t column) { return load(bias + column); };
@@ -137,9 +142,19 @@ class PositionTile {
   void geometry() {
     const int64_t dims = mlp_.dims, width = mlp_.code_padded;
     T* squared = code_.row(capacity_ * width);
-    for (int64_t row = 0; row < rows(); ++row) {
-      const T* p = mlp_.points + center(row) * dims;
-      const T* q = mlp_.points + neighbor(row) * dims;
+    if (dims == 3) {
+      typedef T Quad __attribute__((vector_size(4 * sizeof(T)), aligned(sizeof(T)), may_alias));
+      for (int64_t row = 0; row < rows(); ++row) {
+        const Quad difference = *reinterpret_cast<const Quad*>(mlp_.points + 4 * center(row)) -
+                                *reinterpret_cast<const Quad*>(mlp_.points + 4 * neighbor(row));
+        *reinterpret_cast<Quad*>(code_.get() + row * width) = difference;
+        const Quad squares = difference * difference;
+        squared[row] = squares[0] + squares[1] + squares[2];
+      }
+    }
+    for (int64_t row = 0; dims != 3 && row < rows(); ++row) {
+      const T* p = mlp_.points + center(row) * mlp_.point_stride;
+      const T* q = mlp_.points + neighbor(row) * mlp_.point_stride;
       T sum = 0;
       for (int64_t d = 0; d < dims; ++d) {
         const T difference = p[d] - q[d];
@@ -156,8 +171,8 @@ class PositionTile {
     const int64_t dims = mlp_.dims, width = mlp_.out_padded;
     for (int64_t row = 0; row < rows(); ++row) {
       T* code = hidden_.row(row * width);
-      std::copy_n(mlp_.points + center(row) * dims, dims, code);
-      std::copy_n(mlp_.points + neighbor(row) * dims, dims, code + dims);
+      std::copy_n(mlp_.points + center(row) * mlp_.point_stride, dims, code);
+      std::copy_n(mlp_.points + neighbor(row) * mlp_.point_stride, dims, code + dims);
       std::copy_n(code_.row(row * mlp_.code_padded), dims + 1, code + 2 * dims);
     }
   }
@@ -200,17 +215,22 @@ class PositionTile {
 };
 
 // Fills tiles with the edges of rows [begin, end), whole rows, and calls body(first row, rows) for each.
-// neighbors (rows, k) of clouds of `cloud` rows each. Returns the flat position of the first neighbour out of
-// range, or -1.
-template <typename T, typename Body>
+// neighbors (rows, k) of clouds of `cloud` rows each. ahead(point) is called a tile before an edge to that
+// point comes, to fetch what it will need. Returns the flat position of the first neighbour out of range, or
+// -1.
+template <typename T, typename Ahead, typename Body>
 inline int64_t walk_rows(PositionTile<T>& tile, const int64_t* neighbors, int64_t k, int64_t cloud,
-                         int64_t begin, int64_t end, const Body& body) {
+                         int64_t begin, int64_t end, const Ahead& ahead, const Body& body) {
+  const int64_t distance = tile.capacity() / std::max<int64_t>(k, 1) * k;
   for (int64_t row = begin; row < end;) {
     tile.clear();
     const int64_t first = row;
     for (; row < end && row - first < tile.capacity() && tile.count() + k <= tile.capacity(); ++row) {
       const int64_t base = row / cloud * cloud;
       tile.begin_segment(row);
+      for (int64_t edge = row * k + distance; edge < std::min((row + 1) * k + distance, end * k); ++edge) {
+        if (neighbors[edge] >= 0 && neighbors[edge] < cloud) ahead(base + neighbors[edge]);
+      }
       for (int64_t edge = row * k; edge < (row + 1) * k; ++edge) {
         if (neighbors[edge] == -1) continue;
         if (neighbors[edge] < 0 || neighbors[edge] >= cloud) return edge;
@@ -223,10 +243,17 @@ inline int64_t walk_rows(PositionTile<T>& tile, const int64_t* neighbors, int64_
 }
 
 // Fills tiles with the edges into points [first, first + count), count at most kPointBlock, and calls body()
-// for each; segments name points relative to `first`.
+// for each; segments name points relative to `first`. Meanwhile tile.next_center(row) is the centre of the
+// edge that comes a tile later, for `body` to fetch what it will need.
 template <typename T, typename Body>
 inline void walk_incoming(PositionTile<T>& tile, const IncomingEdges<T>& incoming, int64_t first,
                           int64_t count, const Body& body) {
+  // Exact up to 2^50 edges, and cheaper than a division.
+  const double share = 1. / static_cast<double>(incoming.k);
+  const auto center = [&](int64_t e) {
+    const double edge = static_cast<double>(incoming.edges[e]);
+    return incoming.first_row + static_cast<int64_t>((edge + 0.5) * share);
+  };
   tile.clear();
   for (int64_t p = 0; p < count; ++p) {
     const int64_t* offset = incoming.offsets + first - incoming.first_point + p;
@@ -238,7 +265,8 @@ inline void walk_incoming(PositionTile<T>& tile, const IncomingEdges<T>& incomin
         tile.clear();
         tile.begin_segment(p);
       }
-      tile.add(incoming.first_row + incoming.edges[e] / incoming.k, first + p, incoming.edges[e]);
+      tile.set_next_center(center(std::min(e + tile.capacity(), incoming.count - 1)));
+      tile.add(center(e), first + p, incoming.edges[e]);
     }
   }
   if (tile.count() > 0) body();
@@ -273,7 +301,7 @@ class PointBlock {
       for (int64_t p = 0; p < count; ++p) {
         const bool any = offsets[p] < offsets[p + 1];
         for (int64_t d = 0; d < dims; ++d) {
-          points_.get()[p * dims_padded + d] = any ? mlp_.points[(first + p) * dims + d] : T(0);
+          points_.get()[p * dims_padded + d] = any ? mlp_.points[(first + p) * mlp_.point_stride + d] : T(0);
         }
       }
       add_rows(count, sums_.get(), width_, width_, weights + mlp_.layers[0].bias_gradient);

@@ -85,7 +85,12 @@ class PositionWeights {
       : points_(points), depth_(weights.size()) {
     const int64_t dims = points.size(1);
     mlp_.points = const_data<T>(points);
-    mlp_.dims = dims;
+    mlp_.dims = mlp_.point_stride = dims;
+    if (dims == 3) {
+      mlp_.point_stride = 4;
+      widened_points_ = widen(points);
+      mlp_.points = const_data<T>(*widened_points_);
+    }
     mlp_.dims_padded = padded_width<T>(dims);
     mlp_.code_padded = padded_width<T>(dims + 1);
     mlp_.depth = depth_;
@@ -96,19 +101,17 @@ class PositionWeights {
     mlp_.widest = mlp_.code_padded;
     for (int64_t l = 0; l < depth_; ++l) {
       weights_.push_back(to_compute(weights[l]));
+      weight_data_.push_back(const_data<T>(weights_.back()));
       biases_.push_back(to_compute(biases[l]));
       add_layer(l);
     }
     mlp_.layers = layers_.data();
     mlp_.out_padded = layers_.back().out;
     const int64_t out = layers_[0].out;
-    const auto half = [&](int64_t offset) {
-      return pack_panels<T>(dims, out, [&](int64_t d, int64_t o) { return at(0, o, offset + d); });
-    };
-    center_half_ = project_tensor<T>(points, out, half(0), layers_[0].bias);
-    neighbor_half_ = project_tensor<T>(points, out, half(dims), static_cast<const T*>(nullptr));
-    mlp_.center_half = const_data<T>(*center_half_);
-    mlp_.neighbor_half = const_data<T>(*neighbor_half_);
+    const auto both =
+        pack_panels<T>(dims, out, [&](int64_t d, int64_t o) { return at(0, o, d) + at(0, o, dims + d); });
+    center_part_ = project_tensor<T>(points, out, both, layers_[0].bias);
+    mlp_.center_part = const_data<T>(*center_part_);
     to_neighbor_ = pack_panels<T>(out, mlp_.dims_padded, [&](int64_t o, int64_t d) {
       return d < dims ? at(0, o, dims + d) - at(0, o, 2 * dims + d) : T(0);
     });
@@ -154,15 +157,16 @@ class PositionWeights {
  private:
   T at(int64_t l, int64_t row, int64_t column) const {
     const int64_t rows = weights_[l].size(0), columns = weights_[l].size(1);
-    return row < rows && column < columns ? const_data<T>(weights_[l])[row * columns + column] : T(0);
+    return row < rows && column < columns ? weight_data_[l][row * columns + column] : T(0);
   }
 
   void add_layer(int64_t l) {
     const int64_t dims = mlp_.dims, true_out = weights_[l].size(0), out = padded_width<T>(true_out);
     const int64_t in = l == 0 ? mlp_.code_padded : layers_[l - 1].out;
     if (l == 0) {
-      packed_.push_back(
-          pack_panels<T>(dims + 1, out, [&](int64_t d, int64_t o) { return at(0, o, 2 * dims + d); }));
+      packed_.push_back(pack_panels<T>(dims + 1, out, [&](int64_t d, int64_t o) {
+        return at(0, o, 2 * dims + d) - (d < dims ? at(0, o, dims + d) : T(0));
+      }));
       packed_.push_back(pack_panels<T>(out, in, [&](int64_t o, int64_t d) {
         return d < dims ? at(0, o, d) + at(0, o, 2 * dims + d) : d == dims ? at(0, o, 3 * dims) : T(0);
       }));
@@ -185,16 +189,31 @@ class PositionWeights {
     mlp_.widest = std::max(mlp_.widest, out);
   }
 
+  // (rows, 3) with a zero after each point, so that one load takes it whole.
+  static Tensor widen(const Tensor& points) {
+    Tensor wide = torch::stable::new_empty(points, {points.size(0), 4});
+    const T* from = const_data<T>(points);
+    T* to = mutable_data<T>(wide);
+    torch::stable::parallel_for(0, points.size(0), 1 << 14, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        std::copy_n(from + 3 * row, 3, to + 4 * row);
+        to[4 * row + 3] = T(0);
+      }
+    });
+    return wide;
+  }
+
   int64_t reserve(int64_t count) { return std::exchange(gradient_size_, gradient_size_ + count); }
 
   PositionMlp<T> mlp_{};
   Tensor points_;
   int64_t depth_, gradient_size_ = 0;
   std::vector<Tensor> weights_, biases_;
+  std::vector<const T*> weight_data_;
   std::vector<PositionLayer<T>> layers_;
   std::vector<std::vector<T>> packed_;
   std::vector<T> to_neighbor_;
-  std::optional<Tensor> center_half_, neighbor_half_;
+  std::optional<Tensor> center_part_, widened_points_;
 };
 
 // Walks the edges of neighbors (batch, rows, k) by the point they lead to, in rounds whose working memory is
@@ -226,8 +245,14 @@ std::vector<T> backward_by_points(const Tensor& neighbors, int64_t gradient_size
         const int64_t rows = std::min(rows_a_round, cloud - row), first_row = b * cloud + row;
         const int64_t* edges = const_data<int64_t>(neighbors) + first_row * k;
         const ReverseAdjacency reverse = reverse_adjacency(edges, clouds, rows, k, cloud);
-        const IncomingEdges<T> incoming{reverse.offsets.data(), reverse.edges.data(), first_row, b * cloud, k,
-                                        edge_gradient.get(),    grad_points};
+        const IncomingEdges<T> incoming{reverse.offsets.data(),
+                                        reverse.edges.data(),
+                                        static_cast<int64_t>(reverse.edges.size()),
+                                        first_row,
+                                        b * cloud,
+                                        k,
+                                        edge_gradient.get(),
+                                        grad_points};
         const int64_t size = (points + blocks - 1) / blocks;
         parallel_tasks(blocks, [&](int64_t block) {
           const int64_t begin = std::min(block * size, points), end = std::min(begin + size, points);

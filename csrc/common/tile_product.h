@@ -65,24 +65,23 @@ inline void store_some(T* target, Vector<T> value, int64_t count) {
 
 template <typename T>
 struct Numbers;
-// Polynomial for exp(r), |r| <= ln(2) / 2, highest power first: Chebyshev interpolation for float, the
-// Taylor series for double. `least` is where exp(x) would leave the normal numbers.
+// Polynomial for exp(r), |r| <= ln(2) / 2, highest power first: for float that of least relative error with
+// exp(0) = 1 (2e-7 as evaluated), for double the Taylor series. Adding `round` rounds to an integer and
+// leaves it in the low bits, with the exponent's bias on top; at `least` that sum is 0.
 template <>
 struct Numbers<float> {
-  static constexpr float round = 12582912.f, ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
-  static constexpr float log2e = 1.44269504f, least = -87.f;
+  static constexpr float round = 12582912.f + 127.f, ln2_high = 0.693147181f, ln2_low = 0.f;
+  static constexpr float log2e = 1.44269504f, least = -88.02f;
   static constexpr int mantissa = 23, log_terms = 5;
-  static constexpr int32_t one = 0x3F800000;
-  static constexpr float exp[] = {
-      0.00139421597f, 0.00837596785f, 0.0416663401f, 0.166664049f, 0.5f, 1.f, 1.f};
+  static constexpr float exp[] = {0.00829030573f, 0.0418979749f, 0.166676372f,
+                                  0.499991506f,   0.999999702f,  1.f};
 };
 template <>
 struct Numbers<double> {
-  static constexpr double round = 6755399441055744., ln2_high = 0x1.62e42fefap-1,
+  static constexpr double round = 6755399441055744. + 1023., ln2_high = 0x1.62e42fefap-1,
                           ln2_low = 0x1.cf79abc9e3b3ap-40;
-  static constexpr double log2e = 1.4426950408889634, least = -708.;
+  static constexpr double log2e = 1.4426950408889634, least = -709.08;
   static constexpr int mantissa = 52, log_terms = 11;
-  static constexpr int64_t one = 0x3FF0000000000000;
   static constexpr double exp[] = {
       1. / 6227020800, 1. / 479001600, 1. / 39916800, 1. / 3628800, 1. / 362880, 1. / 40320, 1. / 5040,
       1. / 720,        1. / 120,       1. / 24,       1. / 6,       1. / 2,      1.,         1.};
@@ -92,15 +91,15 @@ struct Numbers<double> {
 template <typename T>
 inline Vector<T> exp_nonpositive(Vector<T> x) {
   using N = Numbers<T>;
-  const Vector<T> clamped = x < N::least ? splat<T>(N::least) : x;
-  const Vector<T> shifted = clamped * N::log2e + N::round;
+  const Vector<T> least = splat<T>(N::least);
+  x = least > x ? least : x;
+  const Vector<T> shifted = x * N::log2e + N::round;
   const Vector<T> power = shifted - N::round;
-  const Vector<T> r = clamped - power * N::ln2_high - power * N::ln2_low;
+  Vector<T> r = x - power * N::ln2_high;
+  if constexpr (N::ln2_low != 0) r -= power * N::ln2_low;
   Vector<T> value = splat<T>(N::exp[0]);
   for (unsigned i = 1; i < sizeof(N::exp) / sizeof(T); ++i) value = value * r + N::exp[i];
-  const auto scale = ((typename Vectors<T>::Bits)shifted << N::mantissa) + N::one;
-  value = value * (Vector<T>)scale;
-  return x < N::least ? Vector<T>{} : value;
+  return value * (Vector<T>)((typename Vectors<T>::Bits)shifted << N::mantissa);
 }
 
 // log(x) for normal x >= 1: the series of 2 artanh((m - 1) / (m + 1)) on the mantissa m in [sqrt(1/2),
@@ -147,8 +146,9 @@ inline int64_t padded(int64_t columns) {
 }
 
 template <int kVectors, typename T, typename Init, typename Done>
-inline void product_panel(int64_t row, int64_t column, int64_t depth, const T* a, int64_t lda, const T* panel,
-                          const Init& init, const Done& done) {
+__attribute__((always_inline)) inline void product_panel(int64_t row, int64_t column, int64_t depth,
+                                                         const T* a, int64_t lda, const T* panel,
+                                                         const Init& init, const Done& done) {
   Vector<T> sum[kRowBlock][kVectors];
   for (int r = 0; r < kRowBlock; ++r) {
     for (int v = 0; v < kVectors; ++v) sum[r][v] = init(row + r, column + v * kLanes<T>);
@@ -168,10 +168,13 @@ inline void product_panel(int64_t row, int64_t column, int64_t depth, const T* a
 }
 
 // One panel of columns from `column` on of init + a b for all rows, a multiple of kRowBlock; b is packed (see
-// pack_panels). `init(row, column)` gives the vector to start from, `done(row, column, vector)` takes it.
+// pack_panels). `init(row, column)` gives the vector to start from, `done(row, column, vector)` takes it:
+// best if they hold what they use by value, as stores might change what they refer to. Not inlined, as
+// constants of the code around it would take the registers of the sums.
 template <typename T, typename Init, typename Done>
-inline void product_columns(int64_t rows, int64_t depth, int64_t column, int64_t columns, const T* a,
-                            int64_t lda, const T* packed, const Init& init, const Done& done) {
+__attribute__((noinline)) void product_columns(int64_t rows, int64_t depth, int64_t column, int64_t columns,
+                                               const T* a, int64_t lda, const T* packed, Init init,
+                                               Done done) {
   const T* panel = packed + depth * column;
   if (columns - column >= kPanelVectors * kLanes<T>) {
     for (int64_t row = 0; row < rows; row += kRowBlock) {
@@ -228,6 +231,38 @@ inline void add_outer(int64_t rows, const T* a, int64_t a_columns, int64_t lda, 
   }
 }
 
+// add_outer for many calls on one c, kept in the order in which they go through it: blocks of kOuterBlock
+// rows and a panel of columns, one after the other.
+template <typename T>
+inline void add_outer_packed(int64_t rows, const T* a, int64_t a_columns, int64_t lda, const T* b,
+                             int64_t b_columns, int64_t ldb, T* packed) {
+  constexpr int64_t kPanel = kPanelVectors * kLanes<T>;
+  for (int64_t i = 0; i < a_columns; i += kOuterBlock<T>) {
+    int64_t j = 0;
+    for (; j + kPanel <= b_columns; j += kPanel, packed += kOuterBlock<T> * kPanel) {
+      outer_block<kPanelVectors>(rows, a + i, lda, b + j, ldb, packed, kPanel);
+    }
+    for (; j < b_columns; j += kLanes<T>, packed += kOuterBlock<T> * kLanes<T>) {
+      outer_block<1>(rows, a + i, lda, b + j, ldb, packed, kLanes<T>);
+    }
+  }
+}
+
+// c (rows, columns) += what add_outer_packed gathered.
+template <typename T>
+inline void add_packed(int64_t rows, int64_t columns, const T* packed, T* c, int64_t ldc) {
+  constexpr int64_t kPanel = kPanelVectors * kLanes<T>;
+  for (int64_t i = 0; i < rows; i += kOuterBlock<T>) {
+    for (int64_t j = 0; j < columns;) {
+      const int64_t width = columns - j >= kPanel ? kPanel : kLanes<T>;
+      for (int64_t r = 0; r < kOuterBlock<T>; ++r) {
+        for (int64_t x = 0; x < width; ++x) c[(i + r) * ldc + j + x] += *packed++;
+      }
+      j += width;
+    }
+  }
+}
+
 // sums += the sum of the rows.
 template <typename T>
 inline void add_rows(int64_t rows, const T* a, int64_t columns, int64_t lda, T* sums) {
@@ -238,7 +273,17 @@ inline void add_rows(int64_t rows, const T* a, int64_t columns, int64_t lda, T* 
 
 template <typename T>
 inline Vector<T> leaky_relu(Vector<T> x, T slope) {
-  return x > T(0) ? x : x * slope;
+  // By the sign, which selects without a comparison.
+  return (typename Vectors<T>::Bits)x < 0 ? x * slope : x;
+}
+
+// Asks for `count` numbers that are needed soon.
+template <typename T>
+inline void fetch(const T* source, int64_t count) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t i = 0; i < count; i += kLine) __builtin_prefetch(source + i, 0, 3);
+  // Without this GCC takes a function that only fetches for one that does nothing, and drops its calls.
+  asm volatile("");
 }
 
 // target (rows, columns) = a (rows, depth) times packed b, plus bias (columns) where given.

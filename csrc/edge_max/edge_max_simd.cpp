@@ -8,12 +8,19 @@ namespace {
 
 // Channels are worked on in blocks whose running maxima stay in the first-level cache.
 constexpr int64_t kChannelBlock = 256;
+// Neighbours are fetched this many slots before they are needed.
+constexpr int64_t kAhead = 32;
 
 template <typename T>
 int64_t max_rows(const EdgeMaxArgs<T>& args, int64_t begin, int64_t end) {
   const int64_t channels = args.channels, k = args.k;
   for (int64_t row = begin; row < end; ++row) {
     const int64_t* neighbors = args.neighbors + row * k;
+    for (int64_t slot = kAhead; slot < std::min(k + kAhead, (end - row) * k); ++slot) {
+      if (neighbors[slot] < 0 || neighbors[slot] >= args.num_points) continue;
+      const T* features = args.features + neighbors[slot] * channels;
+      for (int64_t c = 0; c < channels; c += 64 / sizeof(T)) __builtin_prefetch(features + c);
+    }
     for (int64_t slot = 0; slot < k; ++slot) {
       if (neighbors[slot] < -1 || neighbors[slot] >= args.num_points) return row * k + slot;
     }

@@ -90,12 +90,16 @@ template <typename T>
 int64_t moments_rows(const EdgeMomentsArgs<T>& args, int64_t begin, int64_t end, EdgeMoments& moments) {
   PositionTile<T> tile(args.position, args.k);
   Deviations<T> deviations(args.position.out_padded);
-  const int64_t bad = walk_rows(tile, args.neighbors, args.k, args.cloud, begin, end, [&](int64_t, int64_t) {
-    if (tile.count() == 0) return;
-    tile.forward();
-    deviations.add(tile.output(), tile.count());
-    if (deviations.full()) deviations.flush(moments);
-  });
+  const auto ahead = [&](int64_t point) {
+    fetch(args.position.points + point * args.position.point_stride, args.position.point_stride);
+  };
+  const int64_t bad =
+      walk_rows(tile, args.neighbors, args.k, args.cloud, begin, end, ahead, [&](int64_t, int64_t) {
+        if (tile.count() == 0) return;
+        tile.forward();
+        deviations.add(tile.output(), tile.count());
+        if (deviations.full()) deviations.flush(moments);
+      });
   deviations.flush(moments);
   return bad;
 }

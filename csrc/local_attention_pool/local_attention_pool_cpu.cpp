@@ -16,6 +16,7 @@ template <typename T>
 struct Pool {
   const int64_t channels, position_channels, channels_padded, position_padded, hidden;
   const Tensor points, features, neighbors, score_weight;
+  const T* scores;  // those of score_weight
   const PositionWeights<T> position;
   std::vector<T> feature_weight, position_weight;
 
@@ -31,6 +32,7 @@ struct Pool {
         features(pad_parts<T>(flat(to_compute(features_in)), {channels})),
         neighbors(torch::stable::contiguous(neighbors_in)),
         score_weight(to_compute(score_weight_in)),
+        scores(const_data<T>(score_weight)),
         position(points, weights, biases, slope) {
     feature_weight = pack_panels<T>(channels_padded, hidden, [&](int64_t c, int64_t q) { return at(q, c); });
     position_weight = pack_panels<T>(position_padded, hidden,
@@ -46,7 +48,7 @@ struct Pool {
   // score_weight in padded rows and columns.
   T at(int64_t row, int64_t column) const {
     const int64_t r = channel(row), c = channel(column);
-    return r < 0 || c < 0 ? T(0) : const_data<T>(score_weight)[r * (channels + position_channels) + c];
+    return r < 0 || c < 0 ? T(0) : scores[r * (channels + position_channels) + c];
   }
   PoolArgs<T> args() const {
     PoolArgs<T> args{};
@@ -157,12 +159,12 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> local_attention_pool_bac
           std::copy_n(from + row * wide, channels, to + row * channels);
       });
     }
+    T* scores = mutable_data<T>(grad_score);
     for (int64_t q = 0; q < pool.hidden; ++q) {
       for (int64_t c = 0; c < pool.hidden; ++c) {
         const int64_t row = pool.channel(q), column = pool.channel(c);
         if (row < 0 || column < 0) continue;
-        mutable_data<T>(grad_score)[row * score_weight.size(1) + column] =
-            weights[args.score_gradient + q * pool.hidden + c];
+        scores[row * score_weight.size(1) + column] = weights[args.score_gradient + q * pool.hidden + c];
       }
     }
     for (const Tensor& gradient : pool.position.gradients(weights.data())) {

@@ -8,53 +8,65 @@ namespace avatar {
 namespace AVATAR_ISA {
 namespace {
 
-// What one edge's hidden vector holds at `column`: the neighbour's feature, then the position network's
-// output.
-template <typename T>
-struct HiddenRows {
-  const PoolArgs<T>& args;
-  const PositionTile<T>& tile;
-  const T* position;
-
-  explicit HiddenRows(const PoolArgs<T>& args, const PositionTile<T>& tile)
-      : args(args), tile(tile), position(tile.output()) {}
-  Vector<T> operator()(int64_t row, int64_t column) const {
-    return column < args.channels_padded
-               ? load(args.features + tile.neighbor(row) * args.channels_padded + column)
-               : load(position + row * args.position.out_padded + column - args.channels_padded);
+// Softmax over each segment's scores of kVectors vectors of channels: scores turn into weights that are not
+// yet divided by their sum. `most` (segments, kVectors) takes the largest scores.
+template <int kVectors, typename T>
+void soften(const PositionTile<T>& tile, T* scores, int64_t stride, T* most) {
+  for (int64_t s = 0; s < tile.segments(); ++s, most += kVectors * kLanes<T>) {
+    const int64_t begin = tile.segment_begin(s), end = tile.segment_end(s);
+    if (begin == end) continue;
+    Vector<T> largest[kVectors];
+    for (int v = 0; v < kVectors; ++v) largest[v] = load(scores + begin * stride + v * kLanes<T>);
+    for (int64_t row = begin + 1; row < end; ++row) {
+      for (int v = 0; v < kVectors; ++v) {
+        const Vector<T> score = load(scores + row * stride + v * kLanes<T>);
+        largest[v] = score > largest[v] ? score : largest[v];
+      }
+    }
+    for (int v = 0; v < kVectors; ++v) store(most + v * kLanes<T>, largest[v]);
+    for (int64_t row = begin; row < end; ++row) {
+      for (int v = 0; v < kVectors; ++v) {
+        T* score = scores + row * stride + v * kLanes<T>;
+        store(score, exp_nonpositive<T>(load(score) - largest[v]));
+      }
+    }
   }
-};
+}
 
-// Softmax over each segment's scores of one vector of channels, and the weighted sum of what they weigh.
-template <typename T>
-void pool_column(const PoolArgs<T>& args, const PositionTile<T>& tile, const T* scores, int64_t stride,
-                 int64_t column) {
-  const HiddenRows<T> hidden(args, tile);
+// The weighted mean of what the weights of one vector of channels weigh, in each segment.
+template <bool kFeature, typename T>
+void pool_column(const PoolArgs<T>& args, const PositionTile<T>& tile, const T* weights, int64_t stride,
+                 const T* most, int64_t most_stride, int64_t column) {
+  const int64_t place = kFeature ? column : column - args.channels_padded;
+  const int64_t row_stride = kFeature ? args.channels_padded : args.position.out_padded;
+  const T* values = (kFeature ? args.features : tile.output()) + place;
   const int64_t width = args.channels + args.position_channels;
-  const bool feature = column < args.channels_padded;
-  const int64_t target = feature ? column : args.channels + column - args.channels_padded;
-  const int64_t valid = (feature ? args.channels : width) - target;
+  const int64_t target = kFeature ? place : args.channels + place;
+  const int64_t valid = (kFeature ? args.channels : args.position_channels) - place;
   for (int64_t s = 0; s < tile.segments(); ++s) {
     const int64_t begin = tile.segment_begin(s), end = tile.segment_end(s);
-    Vector<T> pooled{}, statistic{};
-    if (begin < end) {
-      Vector<T> most = load(scores + begin * stride);
-      for (int64_t row = begin + 1; row < end; ++row) {
-        const Vector<T> score = load(scores + row * stride);
-        most = score > most ? score : most;
-      }
-      Vector<T> sum{};
-      for (int64_t row = begin; row < end; ++row) {
-        const Vector<T> weight = exp_nonpositive<T>(load(scores + row * stride) - most);
-        sum += weight;
-        pooled += weight * hidden(row, column);
-      }
-      pooled /= sum;
-      if (args.statistics) statistic = most + log_from_one<T>(sum);
+    Vector<T> pooled{}, sum{}, statistic{};
+    // Two sums of each, as one would wait for itself.
+    Vector<T> other_pooled{}, other_sum{};
+    const auto add = [&](int64_t row, Vector<T>& to_sum, Vector<T>& to_pooled) {
+      const Vector<T> weight = load(weights + row * stride);
+      to_sum += weight;
+      to_pooled += weight * load(values + (kFeature ? tile.neighbor(row) : row) * row_stride);
+    };
+    int64_t row = begin;
+    for (; row + 1 < end; row += 2) {
+      add(row, sum, pooled);
+      add(row + 1, other_sum, other_pooled);
     }
+    if (row < end) add(row, sum, pooled);
+    sum += other_sum;
+    pooled += other_pooled;
+    if (begin < end) pooled /= sum;
     const int64_t position = tile.segment_point(s) * width + target;
     store_some(args.pooled + position, pooled, valid);
-    if (args.statistics) store_some(args.statistics + position, statistic, valid);
+    if (!args.statistics) continue;
+    if (begin < end) statistic = load(most + s * most_stride) + log_from_one<T>(sum);
+    store_some(args.statistics + position, statistic, valid);
   }
 }
 
@@ -62,52 +74,84 @@ template <typename T>
 int64_t pool_rows(const PoolArgs<T>& args, int64_t begin, int64_t end) {
   constexpr int64_t kPanel = kPanelVectors * kLanes<T>;
   PositionTile<T> tile(args.position, args.k);
-  Scratch<T> panel(tile.capacity() * kPanel);
-  T* scores = panel.get();
-  return walk_rows(tile, args.neighbors, args.k, args.cloud, begin, end, [&](int64_t, int64_t) {
+  Scratch<T> panel(tile.capacity() * kPanel), largest(tile.capacity() * kPanel);
+  T *scores = panel.get(), *most = largest.get();
+  const int64_t* neighbors = tile.neighbors();
+  const auto ahead = [&](int64_t point) {
+    fetch(args.position.points + point * args.position.point_stride, args.position.point_stride);
+    fetch(args.scores + point * args.hidden, args.hidden);
+    fetch(args.features + point * args.channels_padded, args.channels_padded);
+  };
+  return walk_rows(tile, args.neighbors, args.k, args.cloud, begin, end, ahead, [&](int64_t, int64_t) {
     if (tile.count() > 0) tile.forward();
     for (int64_t column = 0; column < args.hidden; column += kPanel) {
       product_columns(
           tile.rows(), args.position.out_padded, column, args.hidden, tile.output(), args.position.out_padded,
           args.position_weight,
-          [&](int64_t row, int64_t c) { return load(args.scores + tile.neighbor(row) * args.hidden + c); },
+          [=, features = args.scores, hidden = args.hidden](int64_t row, int64_t c) {
+            return load(features + neighbors[row] * hidden + c);
+          },
           [=](int64_t row, int64_t c, Vector<T> sum) { store(scores + row * kPanel + c - column, sum); });
-      for (int64_t c = column; c < std::min(column + kPanel, args.hidden); c += kLanes<T>) {
-        pool_column(args, tile, scores + c - column, kPanel, c);
+      const int64_t width = std::min(kPanel, args.hidden - column);
+      if (width == kPanel) {
+        soften<kPanelVectors>(tile, scores, kPanel, most);
+      } else {
+        soften<1>(tile, scores, kPanel, most);
+      }
+      for (int64_t c = 0; c < width; c += kLanes<T>) {
+        if (column + c < args.channels_padded) {
+          pool_column<true>(args, tile, scores + c, kPanel, most + c, width, column + c);
+        } else {
+          pool_column<false>(args, tile, scores + c, kPanel, most + c, width, column + c);
+        }
       }
     }
   });
 }
 
-// Gradients of the scores and of what they weigh, for one vector of channels.
+// What one tile of edges leaves behind on its way back: gradients of scores, `stride` apart, and of what the
+// position network gave; sums of both over the edges into each point.
 template <typename T>
+struct TileGradients {
+  T* scores;
+  int64_t stride;
+  T *positions, *score_sums, *feature_sums;
+};
+
+// Gradients of the scores and of what they weigh, for one vector of channels.
+template <bool kFeature, typename T>
 void unpool_column(const PoolBackwardArgs<T>& args, const PositionTile<T>& tile, const T* scores,
-                   int64_t stride, int64_t column, T* score_gradients, T* position_gradients, T* score_sums,
-                   T* feature_sums) {
+                   int64_t score_stride, int64_t column, const TileGradients<T>& gradients) {
   const PoolArgs<T>& pool = args.pool;
-  const HiddenRows<T> hidden(pool, tile);
-  const bool feature = column < pool.channels_padded;
+  const int64_t hidden = pool.hidden, stride = gradients.stride;
+  const int64_t place = kFeature ? column : column - pool.channels_padded;
+  const int64_t row_stride = kFeature ? pool.channels_padded : pool.position.out_padded;
+  const T* values = (kFeature ? pool.features : tile.output()) + place;
+  const T *statistics = args.statistics + column, *grad = args.grad + column, *pooled = args.pooled + column;
+  T *score_gradients = gradients.scores + column, *position_gradients = gradients.positions + place;
+  const int64_t *centers = tile.centers(), *neighbors = tile.neighbors();
   for (int64_t s = 0; s < tile.segments(); ++s) {
-    const int64_t point = tile.segment_point(s);
+    const int64_t point = tile.segment_point(s), end = tile.segment_end(s);
     Vector<T> score_sum{}, feature_sum{};
-    for (int64_t row = tile.segment_begin(s); row < tile.segment_end(s); ++row) {
-      const int64_t center = tile.center(row) * pool.hidden + column;
+    for (int64_t row = tile.segment_begin(s); row < end; ++row) {
+      const int64_t center = centers[row] * hidden;
       const Vector<T> attention =
-          exp_nonpositive<T>(load(scores + row * stride) - load(args.statistics + center));
-      const Vector<T> weighted = attention * load(args.grad + center);
-      const Vector<T> gradient = weighted * (hidden(row, column) - load(args.pooled + center));
-      store(score_gradients + row * pool.hidden + column, gradient);
+          exp_nonpositive<T>(load(scores + row * score_stride) - load(statistics + center));
+      const Vector<T> weighted = attention * load(grad + center);
+      const Vector<T> value = load(values + (kFeature ? neighbors[row] : row) * row_stride);
+      const Vector<T> gradient = weighted * (value - load(pooled + center));
+      store(score_gradients + row * stride, gradient);
       score_sum += gradient;
-      if (feature) {
+      if (kFeature) {
         feature_sum += weighted;
       } else {
-        store(position_gradients + row * pool.position.out_padded + column - pool.channels_padded, weighted);
+        store(position_gradients + row * row_stride, weighted);
       }
     }
-    T* total = score_sums + point * pool.hidden + column;
+    T* total = gradients.score_sums + point * hidden + column;
     store(total, load(total) + score_sum);
-    if (!feature) continue;
-    total = feature_sums + point * pool.channels_padded + column;
+    if (!kFeature) continue;
+    total = gradients.feature_sums + point * row_stride + column;
     store(total, load(total) + feature_sum);
   }
 }
@@ -118,37 +162,55 @@ void backward_points(const PoolBackwardArgs<T>& args, int64_t begin, int64_t end
   const PoolArgs<T>& pool = args.pool;
   const PositionMlp<T>& mlp = pool.position;
   const int64_t hidden = pool.hidden, channels = pool.channels_padded, position = mlp.out_padded;
+  // Rows a power of two apart would share few sets of the cache.
+  const int64_t stride = hidden + kPanel;
   PositionTile<T> tile(mlp, 0);
   PointBlock<T> block(mlp);
   const int64_t capacity = tile.capacity();
-  Scratch<T> panel(capacity * kPanel), score_gradients(capacity * hidden);
+  Scratch<T> panel(capacity * kPanel), score_gradients(capacity * stride);
   Scratch<T> gradient(capacity * mlp.widest), other(capacity * mlp.widest);
   Scratch<T> features(kPointBlock * channels), scores(kPointBlock * hidden);
   Scratch<T> score_sums(kPointBlock * hidden), feature_sums(kPointBlock * channels);
+  Scratch<T> position_outer(hidden * position);
+  std::fill_n(position_outer.get(), hidden * position, T(0));
   T* dU = weights + args.score_gradient;
+
+  const TileGradients<T> gradients{score_gradients.get(), stride, gradient.get(), score_sums.get(),
+                                   feature_sums.get()};
 
   const auto tile_backward = [&](int64_t first) {
     tile.forward();
     for (int64_t column = 0; column < hidden; column += kPanel) {
       product_columns(
           tile.rows(), position, column, hidden, tile.output(), position, pool.position_weight,
-          [&](int64_t row, int64_t c) {
-            return load(scores.get() + (tile.neighbor(row) - first) * hidden + c);
+          [=, scores = scores.get(), neighbors = tile.neighbors(), next = tile.next_centers(),
+           statistics = args.statistics, grad = args.grad, pooled = args.pooled](int64_t row, int64_t c) {
+            if (c == column) {
+              const int64_t place = next[row] * hidden + c;
+              __builtin_prefetch(statistics + place);
+              __builtin_prefetch(grad + place);
+              __builtin_prefetch(pooled + place);
+            }
+            return load(scores + (neighbors[row] - first) * hidden + c);
           },
-          [&](int64_t row, int64_t c, Vector<T> sum) {
-            store(panel.get() + row * kPanel + c - column, sum);
+          [=, panel = panel.get()](int64_t row, int64_t c, Vector<T> sum) {
+            store(panel + row * kPanel + c - column, sum);
           });
       for (int64_t c = column; c < std::min(column + kPanel, hidden); c += kLanes<T>) {
-        unpool_column(args, tile, panel.get() + c - column, kPanel, c, score_gradients.get(), gradient.get(),
-                      score_sums.get(), feature_sums.get());
+        const auto unpool = c < channels ? unpool_column<true, T> : unpool_column<false, T>;
+        unpool(args, tile, panel.get() + c - column, kPanel, c, gradients);
       }
     }
     product(
-        tile.rows(), hidden, position, score_gradients.get(), hidden, args.position_score,
-        [&](int64_t row, int64_t c) { return load(gradient.get() + row * position + c); },
-        [&](int64_t row, int64_t c, Vector<T> sum) { store(gradient.get() + row * position + c, sum); });
-    add_outer(tile.count(), score_gradients.get(), hidden, hidden, tile.output(), position, position,
-              dU + channels, hidden);
+        tile.rows(), hidden, position, score_gradients.get(), stride, args.position_score,
+        [=, gradient = gradient.get()](int64_t row, int64_t c) {
+          return load(gradient + row * position + c);
+        },
+        [=, gradient = gradient.get()](int64_t row, int64_t c, Vector<T> sum) {
+          store(gradient + row * position + c, sum);
+        });
+    add_outer_packed(tile.count(), score_gradients.get(), hidden, stride, tile.output(), position, position,
+                     position_outer.get());
     tile.backward(gradient.get(), other.get(), weights, block.sums(), block.gradients(),
                   args.incoming.edge_gradient);
   };
@@ -177,12 +239,13 @@ void backward_points(const PoolBackwardArgs<T>& args, int64_t begin, int64_t end
     T* grad_features = args.grad_features + first * channels;
     product(
         round_up(count, kRowBlock), hidden, channels, score_sums.get(), hidden, args.feature_score,
-        [&](int64_t row, int64_t c) { return load(feature_sums.get() + row * channels + c); },
+        [=, sums = feature_sums.get()](int64_t row, int64_t c) { return load(sums + row * channels + c); },
         [=](int64_t row, int64_t c, Vector<T> sum) {
           T* target = grad_features + row * channels + c;
           if (row < count) store(target, load(target) + sum);
         });
   }
+  add_packed(hidden, position, position_outer.get(), dU + channels, hidden);
 }
 
 }  // namespace

@@ -14,6 +14,7 @@ from avatar.models.point_features import (
     Pyramid,
     RandLANet,
     build_pyramid,
+    curve_codes,
     level_sizes,
 )
 
@@ -247,6 +248,18 @@ def test_pyramid_holds_samples_neighbors_and_nearest_points():
         points = points[sample]
         if level == 0:
             assert torch.equal(pyramid.graph, torch.cdist(points, points).argsort(1)[:, :4])
+
+
+def test_curve_codes_interleave_the_bits_of_the_coordinates():
+    points = torch.rand(50, 3, dtype=torch.float64)
+    low = points.amin(0)
+    steps = ((points - low) / (points.amax(0) - low).amax() * (2**20 - 1)).long()
+    expected = torch.zeros(50, dtype=torch.int64)
+    for bit in range(20):
+        for axis in range(3):
+            expected |= (steps[:, axis] >> bit & 1) << (3 * bit + axis)
+    assert torch.equal(curve_codes(points), expected)
+    assert (curve_codes(points[:1].expand(4, -1)) == 0).all()
 
 
 def test_pyramid_is_a_function_of_points_options_and_seed():

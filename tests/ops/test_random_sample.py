@@ -104,6 +104,33 @@ def test_random_sample_of_related_seeds_is_independent(step):
     assert chance(counts, count / num_points**2) > LEAST_CHANCE
 
 
+def test_random_samples_of_different_seeds_share_as_many_points_as_chance_has_it():
+    """The overlap of two samples is hypergeometric; its mean and its spread over many pairs of seeds."""
+    num_points, count, pairs = 20_000, 2000, 400
+    drawn = by_seed(num_points, count, range(pairs + 1))
+    kept = torch.zeros(pairs + 1, num_points, dtype=torch.bool).scatter_(1, drawn, True)
+    overlap = (kept[:-1] & kept[1:]).sum(1).double()
+    mean = count**2 / num_points
+    variance = mean * (1 - count / num_points) ** 2 * num_points / (num_points - 1)
+    assert abs(overlap.mean() - mean) < 3.3 * (variance / pairs) ** 0.5
+    assert 1e-3 < chi2.sf((((overlap - mean) ** 2).sum() / variance).item(), pairs) < 1 - 1e-3
+
+
+def test_random_sample_gives_the_same_indices_for_any_thread_count(isa):
+    """So many that several threads take part."""
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(avatar_ops.random_sample(400_000, 50_000, seed=11))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(result, results[0]) for result in results)
+    # Of every instruction set.
+    assert results[0][::12_500].tolist() == [245007, 270195, 342145, 254441]
+
+
 def test_random_sample_of_neighboring_clouds_is_independent():
     num_points, count = 70, 200_000
     first = samples(num_points, 1, count).squeeze(1)
