@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,14 +33,27 @@ define(
     "modulated_conv2d_epilogue(Tensor(a!) convolution, Tensor(b!)? output, Tensor? scale, Tensor? noise, "
     "Tensor? bias, float slope, float gain, float? clamp) -> ()"
 )
-# float32 3x3 convolution and epilogue in one, on the CPU; y and demodulated are written.
+# float32 3x3 convolution and epilogue in one, on the CPU; y and demodulated are written. The geometry is that
+# of Geometry.
 define(
-    "modulated_conv2d_winograd(Tensor x, Tensor weight, Tensor styles, Tensor? scale, Tensor? noise, "
-    "Tensor? bias, Tensor(a!) y, Tensor(b!)? demodulated, int padding, float slope, float gain, float? clamp) "
-    "-> ()"
+    "modulated_conv2d_winograd(Tensor x, Tensor weight, Tensor? styles, Tensor? scale, Tensor? noise, "
+    "Tensor? bias, Tensor(a!) y, Tensor(b!)? demodulated, Tensor? f, int up, int down, int before, bool flip, "
+    "float filter_gain, float slope, float gain, float? clamp) -> ()"
+)
+# The same without styles and epilogue, for derivatives: (B, O, height, width).
+define(
+    "modulated_conv2d_shared(Tensor x, Tensor weight, Tensor? f, int up, int down, int before, bool flip, "
+    "float filter_gain, int height, int width) -> Tensor"
 )
 # The gradient in weight of that convolution, from the gradient of its result; x is modulated.
-define("modulated_conv2d_winograd_weight(Tensor grad, Tensor x, int padding) -> Tensor")
+define(
+    "modulated_conv2d_winograd_weight(Tensor grad, Tensor x, Tensor? f, int up, int down, int before, bool flip, "
+    "float filter_gain) -> Tensor"
+)
+
+
+# The most taps of a resampling filter in Winograd's form.
+WINOGRAD_TAPS = 8
 
 
 def modulated_conv2d(
@@ -222,49 +236,97 @@ def _transposed_weight(weight: Tensor) -> Tensor:
     return weight.flip(2, 3).transpose(0, 1)
 
 
-def _resample(z: Tensor, f: Tensor, sides, gain: float) -> Tensor:
-    return torch.ops.avatar_ops.upfirdn2d(z, f, 1, 1, *sides, False, gain)
+class Geometry(NamedTuple):
+    """Where pixels, weight and resampling filter meet; sizes are those of the images, which are 0 outside.
+
+    before: rows and columns of zeros above and to the left of the image that the filter is applied to, or of
+    the input where there is none. flip: whether the filter correlates. filter_gain: its factor.
+    """
+
+    up: int
+    down: int
+    before: int
+    flip: bool
+    filter_gain: float
+
+    def transposed(self, k: int, f: Tensor | None) -> Geometry:
+        """That of the gradient in the input, with _transposed_weight."""
+        around = k - 1 if f is None else f.shape[0] - 1
+        return Geometry(self.down, self.up, around - self.before, not self.flip, self.filter_gain)
 
 
-def _convolve(x: Tensor, weight: Tensor, f: Tensor | None, up: int, down: int, padding: int) -> Tensor:
-    """The convolution with one weight for all samples, with its resampling."""
+def _geometry(k: int, f: Tensor | None, padding: int, up: int, down: int) -> Geometry:
+    """That of the op."""
+    before = padding if f is None else filter_padding(k, f.shape[0], padding, up)[0]
+    return Geometry(up, down, before, False, 4.0 if up == 2 else 1.0)
+
+
+def _sides(size, size_out, f: Tensor, before: int) -> tuple[int, int, int, int]:
+    """The padding of the filter between images of these sizes."""
+    after = [out + f.shape[0] - 1 - length - before for length, out in zip(size, size_out, strict=True)]
+    return before, after[1], before, after[0]
+
+
+def _resample(z: Tensor, f: Tensor, geometry: Geometry, size) -> Tensor:
+    sides = _sides(z.shape[2:], size, f, geometry.before)
+    return torch.ops.avatar_ops.upfirdn2d(z, f, 1, 1, *sides, geometry.flip, geometry.filter_gain)
+
+
+def _strided_size(size, k: int) -> list[int]:
+    """The pixels that a convolution of stride 2 reads for a result of this size."""
+    return [(length - 1) * 2 + k for length in size]
+
+
+def _convolve(x: Tensor, weight: Tensor, f: Tensor | None, geometry: Geometry, size) -> Tensor:
+    """The convolution with one weight for all samples, with its resampling, by torch's."""
     k = weight.shape[2]
-    taps = 0 if f is None else f.shape[0]
     if x.numel() == 0 or weight.numel() == 0:
-        return x.new_zeros(x.shape[0], weight.shape[0], *output_size(x.shape[2:], k, taps, padding, up, down))
-    sides = filter_padding(k, taps, padding, up)
-    if up == 2:
-        return _resample(F.conv_transpose2d(x, _transposed_weight(weight), stride=2), f, sides, 4.0)
-    if down == 2:
-        return F.conv2d(_resample(x, f, sides, 1.0), weight, stride=2)
-    return F.conv2d(x, weight, padding=padding)
+        return x.new_zeros(x.shape[0], weight.shape[0], *size)
+    if geometry.up == 2:
+        return _resample(F.conv_transpose2d(x, _transposed_weight(weight), stride=2), f, geometry, size)
+    if geometry.down == 2:
+        return F.conv2d(_resample(x, f, geometry, _strided_size(size, k)), weight, stride=2)
+    return F.conv2d(x, weight, padding=geometry.before)
 
 
 def _winograd_pays(
-    x: Tensor, weight: Tensor, up: int, down: int, size: tuple[int, int], overhead: int = 12
+    x: Tensor, weight: Tensor, f: Tensor | None, geometry: Geometry, size, overhead: int = 12
 ) -> bool:
-    """Whether Winograd's form is clearly faster: a float32 3x3 convolution with enough full tiles, on a CPU.
+    """Whether Winograd's form is clearly faster: a 3x3 convolution with enough full tiles, on a CPU.
 
     overhead: tiles that take about as long as what is done once, which is to transform the weights.
     """
-    if x.device.type != "cpu" or x.dtype != torch.float32 or weight.shape[2] != 3 or up * down != 1:
+    if x.device.type != "cpu" or weight.dtype != torch.float32 or weight.shape[2] != 3:
+        return False
+    if f is None:
+        if geometry.before < 0:
+            return False
+    elif f.requires_grad or f.shape[0] > WINOGRAD_TAPS:
         return False
     if min(weight.shape[:2]) < 16:
         return False
-    tiles = x.shape[0] * -(-size[0] // 4) * -(-size[1] // 4)
-    return x.shape[0] * size[0] * size[1] >= 8 * (tiles + overhead)
+    height, width = x.shape[2:] if geometry.up == 2 else size
+    tiles = x.shape[0] * -(-height // 4) * -(-width // 4)
+    return x.shape[0] * height * width >= 8 * (tiles + overhead)
 
 
 def _convolve_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, f: Tensor | None, up: int, down: int, padding: int, needed
+    grad: Tensor, x: Tensor, weight: Tensor, f: Tensor | None, geometry: Geometry, needed
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of _convolve in x, weight and f where `needed`, from differentiable ops."""
     if x.numel() == 0 or weight.numel() == 0:
         return torch.zeros_like(x), torch.zeros_like(weight), None if f is None else torch.zeros_like(f)
     need_x, need_weight, need_f = needed
-    k = weight.shape[2]
-    sides = filter_padding(k, 0 if f is None else f.shape[0], padding, up)
-    grad_f = None
+    k, size = weight.shape[2], grad.shape[2:]
+    back, reversed_weight = geometry.transposed(k, f), _transposed_weight(weight)
+    grad_x = grad_weight = grad_f = None
+    if need_x and _winograd_pays(grad, reversed_weight, f, back, x.shape[2:]):
+        grad_x, need_x = _shared_convolution(grad, reversed_weight, f, back, x.shape[2:]), False
+    twice = f is not None or back.before >= 0
+    if need_weight and twice and _winograd_pays(x, weight, f, geometry, size, 64):
+        grad_weight, need_weight = _shared_weight_gradient(grad, x, f, geometry), False
+    if not (need_x or need_weight or need_f):
+        return grad_x, grad_weight, grad_f
 
     def convolution_backward(grad, x, weight, stride, padding, transposed, need_x):
         if not (need_x or need_weight):
@@ -275,41 +337,41 @@ def _convolve_backward(
         )  # fmt: skip
         return grad_x if need_x else None, grad_weight if need_weight else None
 
-    if up == 2:
-        size = [(length - 1) * 2 + k for length in x.shape[2:]]
+    flip, gain = geometry.flip, geometry.filter_gain
+    if geometry.up == 2:
+        z_size = _strided_size(x.shape[2:], k)
+        sides = _sides(z_size, size, f, geometry.before)
         if need_f:
-            z = F.conv_transpose2d(x, _transposed_weight(weight), stride=2)
-            grad_f = filter_gradient(grad, z, f, 1, 1, sides, False, 4.0)
-        grad_z = transposed(grad, f, size, 1, 1, sides, False, 4.0)
-        grad_x, grad_weight = convolution_backward(grad_z, x, _transposed_weight(weight), 2, 0, True, need_x)
-        return grad_x, None if grad_weight is None else _transposed_weight(grad_weight), grad_f
-    if down == 2:
-        z = _resample(x, f, sides, 1.0)
-        grad_z, grad_weight = convolution_backward(grad, z, weight, 2, 0, False, need_x or need_f)
-        if need_f:
-            grad_f = filter_gradient(grad_z, x, f, 1, 1, sides, False, 1.0)
-        grad_x = transposed(grad_z, f, x.shape[2:], 1, 1, sides, False, 1.0) if need_x else None
+            z = F.conv_transpose2d(x, reversed_weight, stride=2)
+            grad_f = filter_gradient(grad, z, f, 1, 1, sides, flip, gain)
+        if need_x or need_weight:
+            grad_z = transposed(grad, f, z_size, 1, 1, sides, flip, gain)
+            direct = convolution_backward(grad_z, x, reversed_weight, 2, 0, True, need_x)
+            grad_x = direct[0] if need_x else grad_x
+            grad_weight = _transposed_weight(direct[1]) if need_weight else grad_weight
         return grad_x, grad_weight, grad_f
-    grad_x = grad_weight = None
-    if need_x and padding <= 2 and _winograd_pays(grad, weight.transpose(0, 1), 1, 1, x.shape[2:]):
-        grad_x, need_x = _shared_convolution(grad, _transposed_weight(weight), 2 - padding), False
-    if need_weight and padding <= 2 and _winograd_pays(x, weight, 1, 1, grad.shape[2:], 64):
-        grad_weight, need_weight = _shared_weight_gradient(grad, x, padding), False
-    rest = convolution_backward(grad, x, weight, 1, padding, False, need_x)
-    return rest[0] if grad_x is None else grad_x, rest[1] if grad_weight is None else grad_weight, None
+    if geometry.down == 2:
+        z_size = _strided_size(size, k)
+        sides = _sides(x.shape[2:], z_size, f, geometry.before)
+        z = _resample(x, f, geometry, z_size)
+        grad_z, direct = convolution_backward(grad, z, weight, 2, 0, False, need_x or need_f)
+        if need_f:
+            grad_f = filter_gradient(grad_z, x, f, 1, 1, sides, flip, gain)
+        if need_x:
+            grad_x = transposed(grad_z, f, x.shape[2:], 1, 1, sides, flip, gain)
+        return grad_x, direct if need_weight else grad_weight, grad_f
+    direct = convolution_backward(grad, x, weight, 1, geometry.before, False, need_x)
+    return direct[0] if need_x else grad_x, direct[1] if need_weight else grad_weight, None
 
 
-def _shared_convolution(x: Tensor, weight: Tensor, padding: int) -> Tensor:
-    """conv2d, differentiable by the derivatives of this op."""
-    ones = x.new_ones(x.shape[:2])
-    y, _ = torch.ops.avatar_ops.modulated_conv2d(
-        x, weight, ones, None, None, None, False, 1, 1, padding, 1.0, 1.0, None, 0.0, False
+def _shared_convolution(x: Tensor, weight: Tensor, f: Tensor | None, geometry: Geometry, size) -> Tensor:
+    return torch.ops.avatar_ops.modulated_conv2d_shared(x, weight, f, *geometry, *size)
+
+
+def _shared_weight_gradient(grad: Tensor, x: Tensor, f: Tensor | None, geometry: Geometry) -> Tensor:
+    return torch.ops.avatar_ops.modulated_conv2d_winograd_weight(
+        grad.contiguous(), x.contiguous(), None if f is None else f.contiguous(), *geometry
     )
-    return y
-
-
-def _shared_weight_gradient(grad: Tensor, x: Tensor, padding: int) -> Tensor:
-    return torch.ops.avatar_ops.modulated_conv2d_winograd_weight(grad.contiguous(), x.contiguous(), padding)
 
 
 def _energy(weight: Tensor, styles: Tensor, eps: float) -> Tensor:
@@ -335,20 +397,21 @@ def composed(
     dtype = _accumulate_dtype(x.dtype)
     weight, styles = weight.to(dtype).contiguous(), styles.to(dtype)
     scale = _energy(weight, styles, eps).rsqrt() if demodulate else None
+    geometry = _geometry(weight.shape[2], f, padding, up, down)
     size = output_size(x.shape[2:], weight.shape[2], 0 if f is None else f.shape[0], padding, up, down)
     if noise is not None:
         noise = noise.to(dtype).expand(-1, -1, *size).contiguous()
     if bias is not None:
         bias = bias.to(dtype).contiguous()
-    if _winograd_pays(x, weight, up, down, size):
-        y = x.new_empty(x.shape[0], weight.shape[0], *size)
-        demodulated = torch.empty_like(y) if keep else None
+    if _winograd_pays(x, weight, f, geometry, size):
+        y = torch.empty(x.shape[0], weight.shape[0], *size, dtype=dtype)
+        z = torch.empty_like(y) if keep else None
         torch.ops.avatar_ops.modulated_conv2d_winograd(
-            x.contiguous(), weight, styles.contiguous(), scale, noise, bias, y, demodulated, padding, slope, gain,
-            clamp,
+            x.to(dtype).contiguous(), weight, styles.contiguous(), scale, noise, bias, y, z,
+            None if f is None else f.contiguous(), *geometry, slope, gain, clamp,
         )  # fmt: skip
-        return y, demodulated if keep else x.new_empty(0)
-    z = _convolve(x.contiguous() * _per_channel(styles), weight, f, up, down, padding).contiguous()
+        return y.to(x.dtype), z.to(x.dtype) if keep else x.new_empty(0)
+    z = _convolve(x.contiguous() * _per_channel(styles), weight, f, geometry, size).contiguous()
     y = torch.empty_like(z) if keep else None
     torch.ops.avatar_ops.modulated_conv2d_epilogue(z, y, scale, noise, bias, slope, gain, clamp)
     if keep:
@@ -375,27 +438,69 @@ def _(convolution, output, scale, noise, bias, slope, gain, clamp):
 
 
 @torch.library.register_fake("avatar_ops::modulated_conv2d_winograd")
-def _(x, weight, styles, scale, noise, bias, y, demodulated, padding, slope, gain, clamp):
+def _(
+    x, weight, styles, scale, noise, bias, y, demodulated, f, up, down, before, flip, filter_gain, slope, gain,
+    clamp,
+):  # fmt: skip
     return None
 
 
+def _shared(x, weight, f, up, down, before, flip, filter_gain, height, width):
+    y = x.new_empty(x.shape[0], weight.shape[0], height, width)
+    torch.ops.avatar_ops.modulated_conv2d_winograd(
+        x.contiguous(), weight.contiguous(), None, None, None, None, y, None,
+        None if f is None else f.contiguous(), up, down, before, flip, filter_gain, 1.0, 1.0, None,
+    )  # fmt: skip
+    return y
+
+
+torch.library.impl("avatar_ops::modulated_conv2d_shared", "CPU", _shared)
+
+
+@torch.library.register_fake("avatar_ops::modulated_conv2d_shared")
+def _(x, weight, f, up, down, before, flip, filter_gain, height, width):
+    return x.new_empty(x.shape[0], weight.shape[0], height, width)
+
+
+def _setup_shared_context(ctx, inputs, output):
+    x, weight, f, *geometry = inputs
+    ctx.geometry = Geometry(*geometry[:5])
+    ctx.save_for_backward(x, weight, f)
+
+
+def _shared_backward(ctx, grad):
+    x, weight, f = ctx.saved_tensors
+    needed = (*ctx.needs_input_grad[:2], False)
+    grad_x, grad_weight, _ = _convolve_backward(grad, x, weight, f, ctx.geometry, needed)
+    return grad_x, grad_weight, *[None] * 8
+
+
+torch.library.register_autograd(
+    "avatar_ops::modulated_conv2d_shared", _shared_backward, setup_context=_setup_shared_context
+)
+
+
 @torch.library.register_fake("avatar_ops::modulated_conv2d_winograd_weight")
-def _(grad, x, padding):
+def _(grad, x, f, up, down, before, flip, filter_gain):
     return x.new_empty(grad.shape[1], x.shape[1], 3, 3)
 
 
 def _setup_weight_context(ctx, inputs, output):
-    grad, x, ctx.padding = inputs
-    ctx.save_for_backward(grad, x)
+    grad, x, f, *geometry = inputs
+    ctx.geometry = Geometry(*geometry)
+    ctx.save_for_backward(grad, x, f)
 
 
 def _weight_backward(ctx, grad_weight):
-    grad, x = ctx.saved_tensors
-    need_grad, need_x, _ = ctx.needs_input_grad
-    grad_grad = _shared_convolution(x, grad_weight, ctx.padding) if need_grad else None
-    if not need_x:
-        return grad_grad, None, None
-    return grad_grad, _shared_convolution(grad, _transposed_weight(grad_weight), 2 - ctx.padding), None
+    grad, x, f = ctx.saved_tensors
+    need_grad, need_x = ctx.needs_input_grad[:2]
+    grad_grad = grad_x = None
+    if need_grad:
+        grad_grad = _shared_convolution(x, grad_weight, f, ctx.geometry, grad.shape[2:])
+    if need_x:
+        back = ctx.geometry.transposed(3, f)
+        grad_x = _shared_convolution(grad, _transposed_weight(grad_weight), f, back, x.shape[2:])
+    return grad_grad, grad_x, *[None] * 6
 
 
 torch.library.register_autograd(
@@ -431,8 +536,11 @@ def _backward(ctx, grad_y, grad_demodulated):
         factors = _per_channel(styles).to(dtype)
         modulated, filters = x * factors, weight.to(dtype)
         energy = _energy(weight, styles, eps) if demodulate else None
+        geometry = _geometry(weight.shape[2], f, padding, up, down)
         if not keep and (demodulate or _activation_needs_input(slope, gain, clamp)):
-            demodulated = _convolve(modulated, filters, f, up, down, padding)
+            taps = 0 if f is None else f.shape[0]
+            size = output_size(x.shape[2:], weight.shape[2], taps, padding, up, down)
+            demodulated = _convolve(modulated, filters, f, geometry, size)
             if demodulate:
                 demodulated = demodulated * _per_channel(energy.rsqrt()).to(dtype)
 
@@ -465,7 +573,7 @@ def _backward(ctx, grad_y, grad_demodulated):
                 grad_styles = 2 * styles * (grad_energy @ weight.square().sum((2, 3)))
             grad = grad * _per_channel(energy.rsqrt()).to(dtype)
         grad_modulated, through_weight, grad_f = _convolve_backward(
-            grad, modulated, filters, f, up, down, padding, (need_x or need_styles, need_weight, need_f)
+            grad, modulated, filters, f, geometry, (need_x or need_styles, need_weight, need_f)
         )
         if need_weight:
             through_weight = through_weight.to(wide)

@@ -140,6 +140,11 @@ def assert_accurate(actual, expected):
     assert (actual.double() - expected).norm() <= 4e-6 * expected.norm()
 
 
+def winograd_pays(x, weight, size, overhead=12, f=None, padding=1, up=1, down=1):
+    geometry = modulated_conv2d._geometry(3, f, padding, up, down)
+    return modulated_conv2d._winograd_pays(x, weight, f, geometry, size, overhead)
+
+
 def image_layer(batch, channels, outputs, height, width):
     _, weight, styles = inputs(batch, channels, outputs, 1, dtype=torch.float32)
     return torch.randn(batch, channels, height, width), weight, styles
@@ -153,7 +158,7 @@ def test_winograd_keeps_the_accuracy_bound(shape, padding, isa):
     x, weight, styles = image_layer(*shape)
     batch, _, outputs, height, width = shape
     size = (height + 2 * padding - 2, width + 2 * padding - 2)
-    assert modulated_conv2d._winograd_pays(x, weight, 1, 1, size)
+    assert winograd_pays(x, weight, size, padding=padding)
     bias = torch.randn(outputs)
     for options in (
         {"noise": torch.randn(batch, 1, *size), "bias": bias, "activation": "lrelu"},
@@ -174,7 +179,7 @@ def test_winograd_takes_images_of_one_row_and_empty_batches(isa):
         x, styles = torch.randn(shape), torch.randn(shape[:2])
         y = torch.full((shape[0], 16, *shape[2:]), torch.nan)
         torch.ops.avatar_ops.modulated_conv2d_winograd(
-            x, weight, styles, None, None, None, y, None, 1, 1.0, 1.0, None
+            x, weight, styles, None, None, None, y, None, None, 1, 1, 1, False, 1.0, 1.0, 1.0, None
         )
         exact = reference.modulated_conv2d(x.double(), weight.double(), styles.double(), demodulate=False)
         torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=1e-4)
@@ -189,7 +194,7 @@ def test_derivatives_through_winograd_keep_the_accuracy_bound(padding, isa):
         leaves = [t.to(dtype).requires_grad_() for t in image_layer(3, 18, 17, 28, 30)]
         bias = torch.randn(17).to(dtype).requires_grad_()
         y = function(*leaves, bias=bias, activation="lrelu", padding=padding)
-        assert modulated_conv2d._winograd_pays(leaves[0].float(), leaves[1], 1, 1, y.shape[2:], 64)
+        assert winograd_pays(leaves[0].float(), leaves[1].float(), y.shape[2:], 64, padding=padding)
         leaves.append(bias)
         first = torch.autograd.grad((y * torch.randn(y.shape)).sum(), leaves, create_graph=True)
         second = torch.autograd.grad(first[0].square().sum() + first[1].square().sum(), leaves[:3])
@@ -202,7 +207,7 @@ def test_derivatives_through_winograd_keep_the_accuracy_bound(padding, isa):
 
 def test_winograd_weight_gradient_of_no_images_is_zero():
     grad = torch.ops.avatar_ops.modulated_conv2d_winograd_weight(
-        torch.ones(0, 5, 8, 8), torch.ones(0, 3, 8, 8), 1
+        torch.ones(0, 5, 8, 8), torch.ones(0, 3, 8, 8), None, 1, 1, 1, False, 1.0
     )
     assert torch.equal(grad, torch.zeros(5, 3, 3, 3))
 
@@ -218,7 +223,12 @@ def test_winograd_gives_the_same_bits_for_any_thread_count(isa):
                 torch.set_num_threads(threads)
                 y = avatar_ops.modulated_conv2d(*tensors)
                 results.append(
-                    (y, torch.ops.avatar_ops.modulated_conv2d_winograd_weight(y.cos(), tensors[0], 1))
+                    (
+                        y,
+                        torch.ops.avatar_ops.modulated_conv2d_winograd_weight(
+                            y.cos(), tensors[0], None, 1, 1, 1, False, 1.0
+                        ),
+                    )
                 )
             for result in results[1:]:
                 assert all(torch.equal(a, e) for a, e in zip(result, results[0], strict=True))

@@ -1,0 +1,151 @@
+#include "modulated_conv2d/modulated_conv2d_winograd_tile.h"
+
+namespace avatar {
+namespace AVATAR_ISA {
+namespace {
+
+// Input channels whose weights one vector holds beside each other.
+constexpr int64_t kWeightChannels = kLanes / kRows;
+
+inline float lane_sum(Floats value) {
+  typedef float Half __attribute__((vector_size(kVectorBytes / 2)));
+  Half low, high;
+  __builtin_memcpy(&low, &value, sizeof low);
+  __builtin_memcpy(&high, reinterpret_cast<const char*>(&value) + sizeof low, sizeof high);
+  low += high;
+  float sum = 0;
+  for (int64_t lane = 0; lane < kLanes / 2; ++lane) sum += low[lane];
+  return sum;
+}
+
+// Where tap i of a filter is in memory: a transposed convolution correlates with the reversed filter.
+inline int64_t tap_at(const WinogradConv2d& args, int64_t i) {
+  return args.form == WinogradForm::up ? 8 - i : i;
+}
+
+// Layout: (kWinogradParts, kWinogradOutputs / kRows, channels, kRows).
+template <bool kStrided>
+void transform_weights(const WinogradConv2d& args, int64_t output, float* transformed) {
+  const int64_t depth = winograd_depth(args.channels), stride = winograd_weight_stride(args.channels);
+  for (int64_t o = 0; o < kWinogradOutputs; o += kRows) {
+    for (int64_t c = 0; c < depth; c += kWeightChannels) {
+      float filters[9][kLanes] = {};
+      for (int64_t lane = 0; lane < kLanes; ++lane) {
+        const int64_t row = output + o + lane % kRows, channel = c + lane / kRows;
+        if (row >= args.outputs || channel >= args.channels) continue;
+        const float* filter = args.weight + (row * args.channels + channel) * 9;
+        for (int64_t tap = 0; tap < 9; ++tap) filters[tap][lane] = filter[tap];
+      }
+      Floats g[9], columns[kSide * 3], w[kSide];
+      for (int64_t tap = 0; tap < 9; ++tap) g[tap] = load(filters[tap_at(args, tap)]);
+      for (int64_t j = 0; j < 3; ++j) transform_weight<kStrided>(g + j, 3, columns + j, 3);
+      for (int64_t i = 0; i < kSide; ++i) {
+        transform_weight<kStrided>(columns + i * 3, 1, w, 1);
+        for (int64_t j = 0; j < kSide; ++j) {
+          store(transformed + (i * kSide + j) * stride + o * depth + c * kRows, w[j]);
+        }
+      }
+    }
+  }
+}
+
+template <bool kStrided>
+void transform_sums(const WinogradConv2d& args, int64_t output, const float* sums, float* grad_weight) {
+  const int64_t row = pad_channels(args.channels);
+  for (int64_t c = 0; c < args.channels; c += kLanes) {
+    Floats w[kWinogradParts], columns[3 * kSide], g[9];
+    for (int64_t n = 0; n < kWinogradParts; ++n) w[n] = load(sums + (n * args.outputs + output) * row + c);
+    for (int64_t j = 0; j < kSide; ++j) transform_weight_gradient<kStrided>(w + j, kSide, columns + j, kSide);
+    for (int64_t i = 0; i < 3; ++i) transform_weight_gradient<kStrided>(columns + i * kSide, 1, g + i * 3, 1);
+    for (int64_t lane = 0; lane < std::min(kLanes, args.channels - c); ++lane) {
+      float* filter = grad_weight + (output * args.channels + c + lane) * 9;
+      for (int64_t tap = 0; tap < 9; ++tap) filter[tap_at(args, tap)] = g[tap][lane];
+    }
+  }
+}
+
+// Where the two images have the parts of one product.
+struct PartPair {
+  int64_t input, gradient;
+};
+
+// The products that share part `part` of the weights; returns how many.
+int64_t find_pairs(WinogradForm form, int64_t part, PartPair* pairs) {
+  const int64_t products = winograd_products(form);
+  const int64_t inputs = winograd_input_parts(form), gradients = winograd_gradient_parts(form);
+  int64_t found = 0;
+  for (int64_t i = 0; i < products; ++i) {
+    for (int64_t j = 0; j < products; ++j) {
+      if (winograd_weight_part(i) * kSide + winograd_weight_part(j) != part) continue;
+      pairs[found++] = {winograd_image_part(i, inputs) * inputs + winograd_image_part(j, inputs),
+                        winograd_image_part(i, gradients) * gradients + winograd_image_part(j, gradients)};
+    }
+  }
+  return found;
+}
+
+}  // namespace
+
+void winograd_weights(const WinogradConv2d& args, int64_t output, float* transformed) {
+  if (args.form == WinogradForm::plain) {
+    transform_weights<false>(args, output, transformed);
+  } else {
+    transform_weights<true>(args, output, transformed);
+  }
+}
+
+void winograd_weight_products(const WinogradConv2d& args, int64_t panels, int64_t part, int64_t output,
+                              const float* inputs, const float* gradients, bool accumulate, float* target) {
+  const int64_t input_stride = winograd_image_stride(args.channels, kPanel);
+  const int64_t gradient_stride = winograd_image_stride(args.outputs, kPanel);
+  const int64_t input_parts = winograd_input_parts(args.form);
+  const int64_t gradient_parts = winograd_gradient_parts(args.form);
+  const int64_t input_panel = input_parts * input_parts * input_stride;
+  const int64_t gradient_panel = gradient_parts * gradient_parts * gradient_stride;
+  PartPair pairs[16];
+  const int64_t num_pairs = find_pairs(args.form, part, pairs);
+  const int64_t row = pad_channels(args.channels),
+                outputs = std::min(args.outputs, output + kWinogradOutputs);
+  for (int64_t c = 0; c < args.channels; c += kPanelVectors) {
+    for (int64_t o = output; o < outputs; o += kRows) {
+      Floats sums[kRows][kPanelVectors] = {};
+      for (int64_t pair = 0; pair < num_pairs; ++pair) {
+        const float* input = inputs + pairs[pair].input * input_stride + c * kPanel;
+        const float* gradient = gradients + pairs[pair].gradient * gradient_stride + o * kPanel;
+        for (int64_t p = 0; p < panels; ++p) {
+          for (int64_t t = 0; t < kPanel; t += kLanes) {
+            Floats right[kPanelVectors];
+            for (int v = 0; v < kPanelVectors; ++v) right[v] = load(input + v * kPanel + t);
+#pragma GCC unroll 8
+            for (int r = 0; r < kRows; ++r) {
+              const Floats left = load(gradient + r * kPanel + t);
+              for (int v = 0; v < kPanelVectors; ++v) sums[r][v] += left * right[v];
+            }
+          }
+          input += input_panel;
+          gradient += gradient_panel;
+        }
+      }
+      // What lies past the last channel or output is no sum of anything.
+      for (int64_t r = 0; r < std::min(kRows, outputs - o); ++r) {
+        float* values = target + (part * args.outputs + o + r) * row + c;
+        for (int64_t v = 0; v < std::min(kPanelVectors, args.channels - c); ++v) {
+          const float sum = lane_sum(sums[r][v]);
+          values[v] = accumulate ? values[v] + sum : sum;
+        }
+      }
+    }
+  }
+}
+
+void winograd_weight_gradient(const WinogradConv2d& args, int64_t output, const float* sums,
+                              float* grad_weight) {
+  if (args.form == WinogradForm::plain) {
+    transform_sums<false>(args, output, sums, grad_weight);
+  } else {
+    transform_sums<true>(args, output, sums, grad_weight);
+  }
+}
+
+}  // namespace AVATAR_ISA
+}  // namespace avatar
