@@ -42,24 +42,29 @@ inline void copy_lines(const Image& image, int64_t top, int64_t left, int64_t co
   }
 }
 
-// The same of the filtered image.
+// The same of the filtered image. Every line is filtered downwards before the first is filtered across, which
+// reads what was written last in other pieces.
 void filter_lines(const Image& image, const WinogradFilter& filter, int64_t top, int64_t left, int64_t count,
                   int64_t length, float (*lines)[kLine]) {
-  float source[kMostParts + kWinogradTaps][kLine], filtered[kWinogradTaps][kLine];
-  FirTap<float> taps[kWinogradTaps * kWinogradTaps];
-  copy_lines(image, top - filter.before, left - filter.before, count + filter.taps - 1,
-             length + filter.taps - 1, source);
+  float source[kMostParts + kWinogradTaps][kLine], filtered[kMostParts][kWinogradTaps][kLine];
+  const int64_t wide = length + filter.taps - 1;
+  copy_lines(image, top - filter.before, left - filter.before, count + filter.taps - 1, wide, source);
   for (int64_t i = 0; i < count; ++i) {
+    for (int64_t term = 0; term < filter.terms; ++term) {
+      FirTap<float> taps[kWinogradTaps];
+      for (int64_t j = 0; j < filter.taps; ++j) {
+        taps[j] = {source[i + j], filter.down[term * filter.taps + j]};
+      }
+      fir_row(taps, filter.taps, filtered[i][term], wide);
+    }
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    FirTap<float> taps[kWinogradTaps * kWinogradTaps];
     int64_t num_taps = 0;
     for (int64_t term = 0; term < filter.terms; ++term) {
-      FirTap<float> down[kWinogradTaps];
-      for (int64_t j = 0; j < filter.taps; ++j) {
-        down[j] = {source[i + j], filter.down[term * filter.taps + j]};
-      }
-      fir_row(down, filter.taps, filtered[term], length + filter.taps - 1);
       for (int64_t j = 0; j < filter.taps; ++j) {
         const float tap = filter.across[term * filter.taps + j];
-        if (tap != 0) taps[num_taps++] = {filtered[term] + j, tap};
+        if (tap != 0) taps[num_taps++] = {filtered[i][term] + j, tap};
       }
     }
     fir_row(taps, num_taps, lines[i], length);

@@ -126,37 +126,46 @@ inline int64_t finished_rows(const WinogradConv2d& args, int64_t row) {
 }
 
 // Filters the lines of the larger image that are in `band` into the rows of y that row `row` of tiles
-// completes.
+// completes. Some rows are filtered downwards before they are filtered across, which reads what was written
+// last in other pieces.
 void filter_band(const WinogradConv2d& args, int64_t sample, int64_t output, int64_t row, const float* band,
                  float* memory) {
   const WinogradFilter& filter = args.filter;
   const int64_t height = 2 * args.height + 1, width = 2 * args.width + 1;
   const int64_t margin = std::max<int64_t>(0, filter.before), line = winograd_band_line(args);
-  const int64_t needed = margin - filter.before + filter.taps - 1 + fir_padded(args.out_width);
-  const int64_t size = std::max(needed, margin + fir_padded(width));
-  float* result = memory + filter.terms * size;
-  std::fill_n(memory, filter.terms * size, 0.f);
-  for (int64_t y = finished_rows(args, row - 1); y < finished_rows(args, row); ++y) {
-    const int64_t top = y - filter.before;
-    const int64_t first = std::clamp<int64_t>(-top, 0, filter.taps);
-    const int64_t last = std::clamp<int64_t>(height - top, first, filter.taps);
-    FirTap<float> taps[kWinogradTaps * kWinogradTaps];
-    int64_t num_taps = 0;
-    for (int64_t term = 0; term < filter.terms; ++term) {
-      float* filtered = memory + term * size;
-      FirTap<float> down[kWinogradTaps];
-      for (int64_t j = first; j < last; ++j) {
-        down[j - first] = {band + (top + j) % 24 * line, filter.down[term * filter.taps + j]};
-      }
-      fir_row(down, last - first, filtered + margin, width);
-      std::fill_n(filtered + margin + width, fir_padded(width) - width, 0.f);
-      for (int64_t j = 0; j < filter.taps; ++j) {
-        const float tap = filter.across[term * filter.taps + j];
-        if (tap != 0) taps[num_taps++] = {filtered + margin - filter.before + j, tap};
+  const int64_t size = winograd_filter_line(args);
+  float* result = memory + kWinogradRows * filter.terms * size;
+  std::fill_n(memory, kWinogradRows * filter.terms * size, 0.f);
+  const int64_t end = finished_rows(args, row);
+  for (int64_t begin = finished_rows(args, row - 1); begin < end; begin += kWinogradRows) {
+    const int64_t rows = std::min(kWinogradRows, end - begin);
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t top = begin + r - filter.before;
+      const int64_t first = std::clamp<int64_t>(-top, 0, filter.taps);
+      const int64_t last = std::clamp<int64_t>(height - top, first, filter.taps);
+      for (int64_t term = 0; term < filter.terms; ++term) {
+        float* filtered = memory + (r * filter.terms + term) * size + margin;
+        FirTap<float> taps[kWinogradTaps];
+        for (int64_t j = first; j < last; ++j) {
+          taps[j - first] = {band + (top + j) % 24 * line, filter.down[term * filter.taps + j]};
+        }
+        fir_row(taps, last - first, filtered, width);
+        std::fill_n(filtered + width, fir_padded(width) - width, 0.f);
       }
     }
-    fir_row(taps, num_taps, result, args.out_width);
-    finish_pixels(args, sample, output, y, 0, args.out_width, result);
+    for (int64_t r = 0; r < rows; ++r) {
+      FirTap<float> taps[kWinogradTaps * kWinogradTaps];
+      int64_t num_taps = 0;
+      for (int64_t term = 0; term < filter.terms; ++term) {
+        const float* filtered = memory + (r * filter.terms + term) * size + margin - filter.before;
+        for (int64_t j = 0; j < filter.taps; ++j) {
+          const float tap = filter.across[term * filter.taps + j];
+          if (tap != 0) taps[num_taps++] = {filtered + j, tap};
+        }
+      }
+      fir_row(taps, num_taps, result, args.out_width);
+      finish_pixels(args, sample, output, begin + r, 0, args.out_width, result);
+    }
   }
 }
 

@@ -114,10 +114,17 @@ inline int64_t winograd_band(const WinogradConv2d& args) {
   return 24 * winograd_band_line(args);
 }
 
-// Working memory of a resampling filter on the lines of the larger output image.
-inline int64_t winograd_filter_memory(const WinogradConv2d& args) {
+// Working memory of a resampling filter on kWinogradRows lines of the larger output image, with zeros around
+// them.
+constexpr int64_t kWinogradRows = 8;
+
+inline int64_t winograd_filter_line(const WinogradConv2d& args) {
   const int64_t before = args.filter.before < 0 ? -args.filter.before : args.filter.before;
-  return (args.filter.terms + 1) * (2 * args.width + args.out_width + before + 128);
+  return 2 * args.width + args.out_width + before + 64;
+}
+
+inline int64_t winograd_filter_memory(const WinogradConv2d& args) {
+  return (kWinogradRows * args.filter.terms + 1) * winograd_filter_line(args);
 }
 
 // A run of tiles of which winograd_up_output is given one panel after the other. Rows of tiles before
