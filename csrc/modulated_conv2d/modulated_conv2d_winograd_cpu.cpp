@@ -18,6 +18,9 @@ constexpr int64_t kMostInput = (int64_t{4} << 20) / sizeof(float);
 // Fewest rows of tiles in a stripe that starts within a sample: the row before it is computed once more.
 constexpr int64_t kStripeRows = 8;
 
+// Tiles whose products are added up before they reach the sums of the gradient in weight.
+constexpr int64_t kSumTiles = 128;
+
 int64_t divide_up(int64_t value, int64_t unit) {
   return (value + unit - 1) / unit;
 }
@@ -251,13 +254,21 @@ Tensor modulated_conv2d_winograd_weight_cpu(const Tensor& grad, const Tensor& x,
   const int64_t gradient_size =
       square(winograd_gradient_parts(args.form)) * winograd_image_stride(args.outputs, panel);
   if (panels == 0) return torch::stable::new_zeros(x, {args.outputs, args.channels, 3, 3});
-  // So many tiles that what ends a sum weighs little, and no more, for the sake of the caches.
-  const int64_t wanted = divide_up(256, panel), most = kMostMemory / (input_size + gradient_size);
+  // So many tiles that adding to the sums weighs little, and no more, for the sake of the caches.
+  const int64_t wanted = divide_up(kSumTiles, panel), most = kMostMemory / (input_size + gradient_size);
   const int64_t block_panels = std::min(panels, std::max<int64_t>(1, std::min(wanted, most)));
+  // Each task packs the inputs for itself, so that few threads share the outputs of a part.
   const int64_t blocks = divide_up(args.outputs, kWinogradOutputs);
-  Tensor inputs = torch::stable::new_empty(x, {block_panels * input_size + kWinogradSlack});
-  Tensor gradients = torch::stable::new_empty(x, {block_panels * gradient_size + kWinogradSlack});
-  Tensor sums = torch::stable::new_empty(x, {kWinogradParts * args.outputs, pad_channels(args.channels)});
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t split = divide_up(blocks, std::min(blocks, divide_up(threads, 4))) * kWinogradOutputs;
+  const int64_t splits = divide_up(args.outputs, split);
+  const int64_t tasks = kWinogradParts * splits, workers = std::min(threads, tasks);
+  const int64_t row = winograd_sum_row(args.channels, panel);
+  const int64_t packed_size = block_panels * panel * (row + split);
+  Tensor inputs = torch::stable::new_empty(x, {block_panels * input_size});
+  Tensor gradients = torch::stable::new_empty(x, {block_panels * gradient_size});
+  Tensor packed = torch::stable::new_empty(x, {workers * packed_size});
+  Tensor sums = torch::stable::new_empty(x, {kWinogradParts * winograd_sum_outputs(args.outputs), row});
   Tensor result = torch::stable::new_empty(x, {args.outputs, args.channels, 3, 3});
   float* transformed = mutable_data<float>(inputs);
   float* transformed_gradient = mutable_data<float>(gradients);
@@ -271,9 +282,13 @@ Tensor modulated_conv2d_winograd_weight_cpu(const Tensor& grad, const Tensor& x,
         AVATAR_ISA_CALL(winograd_gradient, args, tile, transformed_gradient + p * gradient_size);
       }
     });
-    parallel_tasks(kWinogradParts * blocks, [&](int64_t task) {
-      AVATAR_ISA_CALL(winograd_weight_products, args, count, task / blocks, task % blocks * kWinogradOutputs,
-                      transformed, transformed_gradient, first > 0, mutable_data<float>(sums));
+    std::atomic<int64_t> next{0};
+    torch::stable::parallel_for(0, workers, 1, [&](int64_t worker, int64_t) {
+      float* memory = mutable_data<float>(packed) + worker * packed_size;
+      for (int64_t task = next++; task < tasks; task = next++) {
+        AVATAR_ISA_CALL(winograd_weight_products, args, count, task / splits, task % splits * split, split,
+                        transformed, transformed_gradient, first > 0, mutable_data<float>(sums), memory);
+      }
     });
   }
   torch::stable::parallel_for(0, args.outputs, 8, [&](int64_t begin, int64_t end) {

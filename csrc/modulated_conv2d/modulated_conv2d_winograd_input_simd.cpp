@@ -11,7 +11,8 @@ constexpr int64_t kLine =
     (8 * kPanel + 1 + 2 * kWinogradTaps + kFirBlock) / kFirBlock * kFirBlock + kFirBlock;
 constexpr int64_t kMostParts = 9;
 using Lines = float[kMostParts][kLine];
-using Parts = float[kMostParts][kMostParts][kPanel];
+// Whole vectors may end past the last tile.
+using Parts = float[kMostParts][kMostParts][kPanel + kLanes];
 
 // Copies `length` pixels of a row of `width` from `start` on, times `style`; 0 outside.
 inline void copy_line(const float* row, int64_t width, int64_t start, int64_t length, float style,
@@ -79,16 +80,22 @@ void transform_segment(const Segment& segment, Lines& lines, Parts& parts) {
     Kind::transform([&](int i) { return load(lines[i] + p); },
                     [&](int i, Floats value) { store(lines[i] + p, value); });
   }
+  constexpr int64_t kStep = Kind::kStep;
   for (int64_t i = 0; i < Kind::kParts; ++i) {
-    const float* __restrict__ line = lines[i];
-    float (*__restrict__ part)[kPanel] = parts[i];
-    for (int64_t t = 0; t < segment.count; ++t) {
-      for (int64_t j = 0; j < Kind::kStep; ++j) part[j][segment.begin + t] = line[t * Kind::kStep + j];
-    }
-    for (int64_t t = 0; t < segment.count; ++t) {
-      for (int64_t j = Kind::kStep; j < Kind::kLines; ++j) {
-        part[j][segment.begin + t] = line[t * Kind::kStep + j];
+    const float* line = lines[i];
+    for (int64_t t = 0; t < segment.count; t += kLanes) {
+      Floats pixels[kStep];
+      for (int64_t j = 0; j < kStep; ++j) pixels[j] = load(line + t * kStep + j * kLanes);
+      deinterleave(pixels);
+      for (int64_t j = 0; j < kStep; ++j) {
+        store_some(parts[i][j] + segment.begin + t, pixels[j], segment.count - t);
       }
+    }
+    // The last pixels of a tile are the first of the next.
+    for (int64_t j = kStep; j < Kind::kLines; ++j) {
+      const float* next = parts[i][j - kStep] + segment.begin + 1;
+      std::copy_n(next, segment.count - 1, parts[i][j] + segment.begin);
+      parts[i][j][segment.begin + segment.count - 1] = line[segment.count * kStep + j - kStep];
     }
   }
 }

@@ -6,28 +6,6 @@ namespace avatar {
 namespace AVATAR_ISA {
 namespace {
 
-// target (kRows, kVectors), rows target_row apart, = weights (depth, kRows) transposed times input (depth,
-// kPanel).
-template <int kVectors>
-inline void product(int64_t depth, const float* weights, const float* input, float* target,
-                    int64_t target_row) {
-  Floats sums[kRows][kVectors] = {};
-  for (int64_t d = 0; d < depth; ++d) {
-    Floats right[kVectors];
-    for (int v = 0; v < kVectors; ++v) right[v] = load(input + v * kLanes);
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      const float left = weights[r];
-      for (int v = 0; v < kVectors; ++v) sums[r][v] += left * right[v];
-    }
-    weights += kRows;
-    input += kPanel;
-  }
-  for (int r = 0; r < kRows; ++r) {
-    for (int v = 0; v < kVectors; ++v) store(target + r * target_row + v * kLanes, sums[r][v]);
-  }
-}
-
 // products (kWinogradOutputs, side * side, kPanel)
 template <int kVectors>
 void multiply_vectors(const WinogradConv2d& args, const float* weights, const float* transformed,
@@ -43,8 +21,8 @@ void multiply_vectors(const WinogradConv2d& args, const float* weights, const fl
     const float* input =
         transformed + (winograd_image_part(i, parts) * parts + winograd_image_part(j, parts)) * input_stride;
     for (int64_t o = 0; o < kWinogradOutputs; o += kRows) {
-      product<kVectors>(args.channels, filters + o * depth, input, products + (o * side * side + n) * kPanel,
-                        side * side * kPanel);
+      product<kVectors, false>(args.channels, filters + o * depth, input,
+                               products + (o * side * side + n) * kPanel, side * side * kPanel);
     }
   }
 }
@@ -66,23 +44,28 @@ int64_t multiply(const WinogradConv2d& args, int64_t tiles, const float* weights
 // parts[r][j] holds pixel (r, j) of all tiles.
 template <typename Kind>
 inline void transform_products(const float* products, int64_t vectors, float (*parts)[Kind::kLines][kPanel]) {
-  constexpr int64_t kProducts = Kind::kProducts, kLines = Kind::kLines;
-  for (int64_t v = 0; v < vectors; ++v) {
-    Floats m[kProducts * kProducts], rows[kLines * kProducts], y[kLines];
-    for (int64_t n = 0; n < kProducts * kProducts; ++n) m[n] = load(products + n * kPanel + v * kLanes);
-    for (int64_t j = 0; j < kProducts; ++j) Kind::transform(m + j, kProducts, rows + j, kProducts);
-    for (int64_t r = 0; r < kLines; ++r) {
-      Kind::transform(rows + r * kProducts, 1, y, 1);
-      for (int64_t j = 0; j < kLines; ++j) store(parts[r][j] + v * kLanes, y[j]);
+  constexpr int64_t kProducts = Kind::kProducts;
+  for (int64_t v = 0; v < vectors * kLanes; v += kLanes) {
+    Floats rows[Kind::kLines][kProducts];
+    for (int64_t j = 0; j < kProducts; ++j) {
+      Kind::transform([&](int i) { return load(products + (i * kProducts + j) * kPanel + v); },
+                      [&](int r, Floats value) { rows[r][j] = value; });
+    }
+    for (int64_t r = 0; r < Kind::kLines; ++r) {
+      Kind::transform([&](int j) { return rows[r][j]; },
+                      [&](int j, Floats value) { store(parts[r][j] + v, value); });
     }
   }
 }
 
 // line holds the pixels of one row of all tiles beside each other.
 template <int64_t kStep>
-inline void interleave(const float (*parts)[kPanel], int64_t vectors, float* line) {
-  for (int64_t t = 0; t < vectors * kLanes; ++t) {
-    for (int64_t j = 0; j < kStep; ++j) line[t * kStep + j] = parts[j][t];
+inline void interleave_row(const float (*parts)[kPanel], int64_t vectors, float* line) {
+  for (int64_t t = 0; t < vectors * kLanes; t += kLanes) {
+    Floats pixels[kStep];
+    for (int64_t j = 0; j < kStep; ++j) pixels[j] = load(parts[j] + t);
+    interleave(pixels);
+    for (int64_t j = 0; j < kStep; ++j) store(line + t * kStep + j * kLanes, pixels[j]);
   }
 }
 
@@ -104,7 +87,7 @@ void finish_tiles(const WinogradConv2d& args, const Segment* segments, int64_t f
   constexpr int64_t kProducts = Kind::kProducts * Kind::kProducts;
   for (int64_t o = 0; o < std::min(kWinogradOutputs, args.outputs - output); ++o) {
     transform_products<Kind>(products + o * kProducts * kPanel, vectors, parts);
-    for (int64_t r = 0; r < kTile; ++r) interleave<kTile>(parts[r], vectors, lines[r]);
+    for (int64_t r = 0; r < kTile; ++r) interleave_row<kTile>(parts[r], vectors, lines[r]);
     for (int64_t s = 0; s < found; ++s) {
       const Segment& segment = segments[s];
       const int64_t top = segment.row * kTile, left = segment.column * kTile;
@@ -226,7 +209,7 @@ void winograd_up_output(const WinogradConv2d& args, const WinogradStripe& stripe
         const int64_t begin = segments[s].begin, end = begin + segments[s].count;
         for (int64_t t = begin + 1; t < end; ++t) parts[r][0][t] += parts[r][8][t - 1];
       }
-      interleave<8>(parts[r], vectors, lines[r]);
+      interleave_row<8>(parts[r], vectors, lines[r]);
     }
     for (int64_t s = 0; s < found; ++s) {
       const Segment& segment = segments[s];

@@ -26,8 +26,8 @@ constexpr int64_t kWinogradOutputs = 32;
 // The most taps of a resampling filter in each direction.
 constexpr int64_t kWinogradTaps = 8;
 
-// Elements that products of the last channels may read beyond those of a panel.
-constexpr int64_t kWinogradSlack = 512;
+// Elements that the resampling filter may read beyond the lines it is given.
+constexpr int64_t kWinogradSlack = 64;
 
 // Which image is the larger one: neither, the output (a transposed convolution of stride 2, then the
 // resampling filter) or the input (the filter, then a convolution of stride 2).
@@ -99,9 +99,13 @@ inline int64_t winograd_image_stride(int64_t channels, int64_t panel) {
   return channels * panel + 16;
 }
 
-// Channels of the sums that winograd_weight_products makes, with room for whole vectors.
-inline int64_t pad_channels(int64_t channels) {
-  return (channels + 15) / 16 * 16;
+// Rows, and elements of a row, of the sums that winograd_weight_products makes, with room for whole blocks.
+inline int64_t winograd_sum_outputs(int64_t outputs) {
+  return (outputs + kWinogradOutputs - 1) / kWinogradOutputs * kWinogradOutputs;
+}
+
+inline int64_t winograd_sum_row(int64_t channels, int64_t panel) {
+  return (channels + panel - 1) / panel * panel;
 }
 
 // Elements of a line of the larger output image, and of the lines that are kept of one of its channels: those
@@ -143,9 +147,10 @@ struct WinogradStripe {
 // for the filter, and writes the rows of y that the panel completes.
 // Of the gradient in weight: winograd_gradient transforms that of the output, which args.y holds, as
 // winograd_input does the input, with outputs for channels; winograd_weight_products multiplies both over
-// `panels` panels, for one of the 36 parts and kWinogradOutputs filters, into sums (kWinogradParts, outputs,
-// pad_channels(channels)), reading up to kWinogradSlack elements beyond; winograd_weight_gradient makes the
-// gradient of one filter of the sums. The filter given is that of whichever image is the larger.
+// `panels` panels, for one of the 36 parts and `outputs` filters from `output` on, both multiples of
+// kWinogradOutputs, into sums (kWinogradParts, winograd_sum_outputs, winograd_sum_row), with working memory
+// for `packed` images of panels * panel * (winograd_sum_row + outputs) elements; winograd_weight_gradient
+// makes the gradient of one filter of the sums. The filter given is that of whichever image is the larger.
 #define AVATAR_DECLARE(ISA)                                                                                \
   namespace ISA {                                                                                          \
   int64_t winograd_panel();                                                                                \
@@ -158,8 +163,8 @@ struct WinogradStripe {
                           float* bands, float* memory);                                                    \
   void winograd_gradient(const WinogradConv2d& args, int64_t tile, float* transformed);                    \
   void winograd_weight_products(const WinogradConv2d& args, int64_t panels, int64_t part, int64_t output,  \
-                                const float* inputs, const float* gradients, bool accumulate,              \
-                                float* target);                                                            \
+                                int64_t outputs, const float* inputs, const float* gradients,              \
+                                bool accumulate, float* target, float* packed);                            \
   void winograd_weight_gradient(const WinogradConv2d& args, int64_t output, const float* sums,             \
                                 float* grad_weight);                                                       \
   }

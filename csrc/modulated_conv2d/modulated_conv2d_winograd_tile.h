@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <utility>
 
 #include "common/vector.h"
 #include "modulated_conv2d/modulated_conv2d_winograd_simd.h"
@@ -69,13 +70,14 @@ inline void transform_input(Floats d0, Floats d1, Floats d2, Floats d3, Floats d
   store_part(5, d1 + d5 - d3 * a2b2);
 }
 
-inline void transform_output(const Floats* m, int64_t step, Floats* y, int64_t y_step) {
-  const Floats sum_a = m[step] + m[2 * step], difference_a = m[step] - m[2 * step];
-  const Floats sum_b = m[3 * step] + m[4 * step], difference_b = m[3 * step] - m[4 * step];
-  y[0] = m[0] + sum_a + sum_b;
-  y[y_step] = difference_a * a + difference_b * b;
-  y[2 * y_step] = sum_a * a2 + sum_b * b2;
-  y[3 * y_step] = difference_a * a3 + difference_b * b3 + m[5 * step];
+template <typename Load, typename Store>
+inline void transform_output(const Load& product, const Store& store_pixel) {
+  const Floats sum_a = product(1) + product(2), difference_a = product(1) - product(2);
+  const Floats sum_b = product(3) + product(4), difference_b = product(3) - product(4);
+  store_pixel(0, product(0) + sum_a + sum_b);
+  store_pixel(1, difference_a * a + difference_b * b);
+  store_pixel(2, sum_a * a2 + sum_b * b2);
+  store_pixel(3, difference_a * a3 + difference_b * b3 + product(5));
 }
 
 // Its transpose.
@@ -137,40 +139,103 @@ struct LargeTile {
   }
 };
 
-// How products in one direction become pixels: kProducts of them, kLines pixels.
+// How products in one direction become pixels: kProducts of them, kLines pixels, tiles kStep pixels apart.
 struct PlainOutput {
   static constexpr int64_t kProducts = 6, kLines = 4, kStep = 4;
-  static void transform(const Floats* m, int64_t step, Floats* y, int64_t y_step) {
-    transform_output(m, step, y, y_step);
+  template <typename Load, typename Store>
+  static void transform(const Load& product, const Store& store_pixel) {
+    transform_output(product, store_pixel);
   }
 };
 
 struct SmallOutput {
   static constexpr int64_t kProducts = 9, kLines = 4, kStep = 4;
-  static void transform(const Floats* m, int64_t step, Floats* y, int64_t y_step) {
-    transform_output(m, step, y, y_step);
-    for (int i = 1; i < 4; ++i) y[i * y_step] += m[(5 + i) * step];
+  template <typename Load, typename Store>
+  static void transform(const Load& product, const Store& store_pixel) {
+    transform_output(product,
+                     [&](int i, Floats value) { store_pixel(i, i > 0 ? value + product(5 + i) : value); });
   }
 };
 
 // The transpose of LargeTile. The last pixel is to be added to the first of the next tile.
 struct LargeOutput {
   static constexpr int64_t kProducts = 9, kLines = 9, kStep = 8;
-  static void transform(const Floats* m, int64_t step, Floats* y, int64_t y_step) {
-    const Floats sum_a = m[step] + m[2 * step], difference_a = m[step] - m[2 * step];
-    const Floats sum_b = m[3 * step] + m[4 * step], difference_b = m[3 * step] - m[4 * step];
-    const Floats last = m[5 * step];
-    y[0] = last - difference_a * b - difference_b * a;
-    y[y_step] = m[0];
-    y[2 * y_step] = -sum_a * b2 - sum_b * a2;
-    y[3 * y_step] = m[6 * step];
-    y[4 * y_step] = difference_a * a + difference_b * b - last * a2b2;
-    y[5 * y_step] = m[7 * step];
-    y[6 * y_step] = sum_a + sum_b;
-    y[7 * y_step] = m[8 * step];
-    y[8 * y_step] = last;
+  template <typename Load, typename Store>
+  static void transform(const Load& product, const Store& store_pixel) {
+    const Floats sum_a = product(1) + product(2), difference_a = product(1) - product(2);
+    const Floats sum_b = product(3) + product(4), difference_b = product(3) - product(4);
+    const Floats last = product(5);
+    store_pixel(0, last - difference_a * b - difference_b * a);
+    store_pixel(1, product(0));
+    store_pixel(2, -sum_a * b2 - sum_b * a2);
+    store_pixel(3, product(6));
+    store_pixel(4, difference_a * a + difference_b * b - last * a2b2);
+    store_pixel(5, product(7));
+    store_pixel(6, sum_a + sum_b);
+    store_pixel(7, product(8));
+    store_pixel(8, last);
   }
 };
+
+template <size_t... kLane>
+inline Floats zip_low(Floats a, Floats b, std::index_sequence<kLane...>) {
+  return __builtin_shufflevector(a, b, (kLane / 2 + kLane % 2 * kLanes)...);
+}
+
+template <size_t... kLane>
+inline Floats zip_high(Floats a, Floats b, std::index_sequence<kLane...>) {
+  return __builtin_shufflevector(a, b, ((kLanes + kLane) / 2 + kLane % 2 * kLanes)...);
+}
+
+// Of all lanes of kCount vectors in a row, numbered in binary, the highest bit of the numbers becomes the
+// lowest.
+template <int64_t kCount>
+inline void rotate_lanes(Floats (&vectors)[kCount]) {
+  Floats rotated[kCount];
+  for (int64_t i = 0; i < kCount / 2; ++i) {
+    rotated[2 * i] = zip_low(vectors[i], vectors[i + kCount / 2], std::make_index_sequence<kLanes>());
+    rotated[2 * i + 1] = zip_high(vectors[i], vectors[i + kCount / 2], std::make_index_sequence<kLanes>());
+  }
+  for (int64_t i = 0; i < kCount; ++i) vectors[i] = rotated[i];
+}
+
+// The first lanes of all vectors, then the second ones, and so on.
+template <int64_t kCount>
+inline void interleave(Floats (&vectors)[kCount]) {
+#pragma GCC unroll 4
+  for (int64_t count = kCount; count > 1; count /= 2) rotate_lanes(vectors);
+}
+
+// The reverse.
+template <int64_t kCount>
+inline void deinterleave(Floats (&vectors)[kCount]) {
+#pragma GCC unroll 4
+  for (int64_t count = kLanes; count > 1; count /= 2) rotate_lanes(vectors);
+}
+
+// target (kRows, kVectors), rows target_row apart, (+)= left (depth, kRows) transposed times right (depth,
+// kPanel).
+template <int kVectors, bool kAccumulate>
+inline void product(int64_t depth, const float* left, const float* right, float* target, int64_t target_row) {
+  Floats sums[kRows][kVectors] = {};
+  for (int64_t d = 0; d < depth; ++d) {
+    Floats values[kVectors];
+    for (int v = 0; v < kVectors; ++v) values[v] = load(right + v * kLanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const float factor = left[r];
+      for (int v = 0; v < kVectors; ++v) sums[r][v] += factor * values[v];
+    }
+    left += kRows;
+    right += kPanel;
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int v = 0; v < kVectors; ++v) {
+      float* element = target + r * target_row + v * kLanes;
+      store(element, kAccumulate ? load(element) + sums[r][v] : sums[r][v]);
+    }
+  }
+}
 
 // Tiles beside each other in one row of one sample.
 struct Segment {

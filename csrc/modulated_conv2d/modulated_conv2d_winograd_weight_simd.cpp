@@ -7,17 +7,6 @@ namespace {
 // Input channels whose weights one vector holds beside each other.
 constexpr int64_t kWeightChannels = kLanes / kRows;
 
-inline float lane_sum(Floats value) {
-  typedef float Half __attribute__((vector_size(kVectorBytes / 2)));
-  Half low, high;
-  __builtin_memcpy(&low, &value, sizeof low);
-  __builtin_memcpy(&high, reinterpret_cast<const char*>(&value) + sizeof low, sizeof high);
-  low += high;
-  float sum = 0;
-  for (int64_t lane = 0; lane < kLanes / 2; ++lane) sum += low[lane];
-  return sum;
-}
-
 // Where tap i of a filter is in memory: a transposed convolution correlates with the reversed filter.
 inline int64_t tap_at(const WinogradConv2d& args, int64_t i) {
   return args.form == WinogradForm::up ? 8 - i : i;
@@ -51,15 +40,41 @@ void transform_weights(const WinogradConv2d& args, int64_t output, float* transf
 
 template <bool kStrided>
 void transform_sums(const WinogradConv2d& args, int64_t output, const float* sums, float* grad_weight) {
-  const int64_t row = pad_channels(args.channels);
+  const int64_t row = winograd_sum_row(args.channels, kPanel);
   for (int64_t c = 0; c < args.channels; c += kLanes) {
     Floats w[kWinogradParts], columns[3 * kSide], g[9];
-    for (int64_t n = 0; n < kWinogradParts; ++n) w[n] = load(sums + (n * args.outputs + output) * row + c);
+    for (int64_t n = 0; n < kWinogradParts; ++n) {
+      w[n] = load(sums + (n * winograd_sum_outputs(args.outputs) + output) * row + c);
+    }
     for (int64_t j = 0; j < kSide; ++j) transform_weight_gradient<kStrided>(w + j, kSide, columns + j, kSide);
     for (int64_t i = 0; i < 3; ++i) transform_weight_gradient<kStrided>(columns + i * kSide, 1, g + i * 3, 1);
     for (int64_t lane = 0; lane < std::min(kLanes, args.channels - c); ++lane) {
       float* filter = grad_weight + (output * args.channels + c + lane) * 9;
       for (int64_t tap = 0; tap < 9; ++tap) filter[tap_at(args, tap)] = g[tap][lane];
+    }
+  }
+}
+
+// target (channels / kBlock, tiles, kBlock) of one part of `panels` panels, each of (count, kPanel), by
+// groups of channels, the last of which is filled up with 0.
+template <int64_t kBlock, int64_t kGroup>
+void pack_part(const float* part, int64_t panel_size, int64_t panels, int64_t count, float* target) {
+  const int64_t tiles = panels * kPanel;
+  for (int64_t p = 0; p < panels; ++p) {
+    for (int64_t c = 0; c < count; c += kGroup) {
+      float* block = target + (c / kBlock * tiles + p * kPanel) * kBlock + c % kBlock;
+      for (int64_t t = 0; t < kPanel; t += kLanes) {
+        Floats rows[kGroup];
+        for (int64_t i = 0; i < kGroup; ++i) {
+          rows[i] = c + i < count ? load(part + p * panel_size + (c + i) * kPanel + t) : Floats{};
+        }
+        interleave(rows);
+        // Each vector holds kLanes / kGroup tiles.
+        static_assert(kGroup == kLanes || kGroup == kBlock,
+                      "a vector is one tile's, or tiles are contiguous");
+        constexpr int64_t kTiles = kLanes / kGroup;
+        for (int64_t i = 0; i < kGroup; ++i) store(block + (t + i * kTiles) * kBlock, rows[i]);
+      }
     }
   }
 }
@@ -95,43 +110,31 @@ void winograd_weights(const WinogradConv2d& args, int64_t output, float* transfo
 }
 
 void winograd_weight_products(const WinogradConv2d& args, int64_t panels, int64_t part, int64_t output,
-                              const float* inputs, const float* gradients, bool accumulate, float* target) {
+                              int64_t outputs, const float* inputs, const float* gradients, bool accumulate,
+                              float* target, float* packed) {
   const int64_t input_stride = winograd_image_stride(args.channels, kPanel);
   const int64_t gradient_stride = winograd_image_stride(args.outputs, kPanel);
   const int64_t input_parts = winograd_input_parts(args.form);
   const int64_t gradient_parts = winograd_gradient_parts(args.form);
-  const int64_t input_panel = input_parts * input_parts * input_stride;
-  const int64_t gradient_panel = gradient_parts * gradient_parts * gradient_stride;
   PartPair pairs[16];
   const int64_t num_pairs = find_pairs(args.form, part, pairs);
-  const int64_t row = pad_channels(args.channels),
-                outputs = std::min(args.outputs, output + kWinogradOutputs);
-  for (int64_t c = 0; c < args.channels; c += kPanelVectors) {
-    for (int64_t o = output; o < outputs; o += kRows) {
-      Floats sums[kRows][kPanelVectors] = {};
-      for (int64_t pair = 0; pair < num_pairs; ++pair) {
-        const float* input = inputs + pairs[pair].input * input_stride + c * kPanel;
-        const float* gradient = gradients + pairs[pair].gradient * gradient_stride + o * kPanel;
-        for (int64_t p = 0; p < panels; ++p) {
-          for (int64_t t = 0; t < kPanel; t += kLanes) {
-            Floats right[kPanelVectors];
-            for (int v = 0; v < kPanelVectors; ++v) right[v] = load(input + v * kPanel + t);
-#pragma GCC unroll 8
-            for (int r = 0; r < kRows; ++r) {
-              const Floats left = load(gradient + r * kPanel + t);
-              for (int v = 0; v < kPanelVectors; ++v) sums[r][v] += left * right[v];
-            }
-          }
-          input += input_panel;
-          gradient += gradient_panel;
-        }
-      }
-      // What lies past the last channel or output is no sum of anything.
-      for (int64_t r = 0; r < std::min(kRows, outputs - o); ++r) {
-        float* values = target + (part * args.outputs + o + r) * row + c;
-        for (int64_t v = 0; v < std::min(kPanelVectors, args.channels - c); ++v) {
-          const float sum = lane_sum(sums[r][v]);
-          values[v] = accumulate ? values[v] + sum : sum;
+  const int64_t row = winograd_sum_row(args.channels, kPanel), tiles = panels * kPanel;
+  float* packed_gradient = packed + row * tiles;
+  target += (part * winograd_sum_outputs(args.outputs) + output) * row;
+  for (int64_t pair = 0; pair < num_pairs; ++pair) {
+    pack_part<kPanel, kLanes>(inputs + pairs[pair].input * input_stride,
+                              input_parts * input_parts * input_stride, panels, args.channels, packed);
+    pack_part<kRows, kRows>(gradients + pairs[pair].gradient * gradient_stride + output * kPanel,
+                            gradient_parts * gradient_parts * gradient_stride, panels,
+                            std::min(outputs, args.outputs - output), packed_gradient);
+    for (int64_t c = 0; c < args.channels; c += kPanel) {
+      for (int64_t o = 0; o < std::min(outputs, args.outputs - output); o += kRows) {
+        const float* left = packed_gradient + o * tiles;
+        float* sums = target + o * row + c;
+        if (accumulate || pair > 0) {
+          product<kPanelVectors, true>(tiles, left, packed + c * tiles, sums, row);
+        } else {
+          product<kPanelVectors, false>(tiles, left, packed + c * tiles, sums, row);
         }
       }
     }
