@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import numbers
-from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ._library import (
@@ -19,8 +17,8 @@ from ._library import (
     define,
     launch_with_triton,
 )
+from ._shared_conv2d import Geometry, convolve, convolve_backward, winograd_pays
 from .bias_act import activation_options, check_bias, sign_from_output
-from .upfirdn2d import filter_gradient, transposed
 
 # resample_filter sums to 1 and may be of the dtype that x accumulates in; noise is (1 or B, 1, ., .).
 # `demodulated` is the result before noise and bias, for the backward pass; empty unless `keep` is set.
@@ -33,27 +31,6 @@ define(
     "modulated_conv2d_epilogue(Tensor(a!) convolution, Tensor(b!)? output, Tensor? scale, Tensor? noise, "
     "Tensor? bias, float slope, float gain, float? clamp) -> ()"
 )
-# float32 3x3 convolution and epilogue in one, on the CPU; y and demodulated are written. The geometry is that
-# of Geometry.
-define(
-    "modulated_conv2d_winograd(Tensor x, Tensor weight, Tensor? styles, Tensor? scale, Tensor? noise, "
-    "Tensor? bias, Tensor(a!) y, Tensor(b!)? demodulated, Tensor? f, int up, int down, int before, bool flip, "
-    "float filter_gain, float slope, float gain, float? clamp) -> ()"
-)
-# The same without styles and epilogue, for derivatives: (B, O, height, width).
-define(
-    "modulated_conv2d_shared(Tensor x, Tensor weight, Tensor? f, int up, int down, int before, bool flip, "
-    "float filter_gain, int height, int width) -> Tensor"
-)
-# The gradient in weight of that convolution, from the gradient of its result; x is modulated.
-define(
-    "modulated_conv2d_winograd_weight(Tensor grad, Tensor x, Tensor? f, int up, int down, int before, bool flip, "
-    "float filter_gain) -> Tensor"
-)
-
-
-# The most taps of a resampling filter in Winograd's form.
-WINOGRAD_TAPS = 8
 
 
 def modulated_conv2d(
@@ -231,147 +208,10 @@ def _activation_needs_input(slope: float, gain: float, clamp: float | None) -> b
     return not (sign_from_output(gain, clamp) or (slope == 1 and clamp is None))
 
 
-def _transposed_weight(weight: Tensor) -> Tensor:
-    """The weight of conv_transpose2d that up-sampling uses."""
-    return weight.flip(2, 3).transpose(0, 1)
-
-
-class Geometry(NamedTuple):
-    """Where pixels, weight and resampling filter meet; sizes are those of the images, which are 0 outside.
-
-    before: rows and columns of zeros above and to the left of the image that the filter is applied to, or of
-    the input where there is none. flip: whether the filter correlates. filter_gain: its factor.
-    """
-
-    up: int
-    down: int
-    before: int
-    flip: bool
-    filter_gain: float
-
-    def transposed(self, k: int, f: Tensor | None) -> Geometry:
-        """That of the gradient in the input, with _transposed_weight."""
-        around = k - 1 if f is None else f.shape[0] - 1
-        return Geometry(self.down, self.up, around - self.before, not self.flip, self.filter_gain)
-
-
 def _geometry(k: int, f: Tensor | None, padding: int, up: int, down: int) -> Geometry:
     """That of the op."""
     before = padding if f is None else filter_padding(k, f.shape[0], padding, up)[0]
     return Geometry(up, down, before, False, 4.0 if up == 2 else 1.0)
-
-
-def _sides(size, size_out, f: Tensor, before: int) -> tuple[int, int, int, int]:
-    """The padding of the filter between images of these sizes."""
-    after = [out + f.shape[0] - 1 - length - before for length, out in zip(size, size_out, strict=True)]
-    return before, after[1], before, after[0]
-
-
-def _resample(z: Tensor, f: Tensor, geometry: Geometry, size) -> Tensor:
-    sides = _sides(z.shape[2:], size, f, geometry.before)
-    return torch.ops.avatar_ops.upfirdn2d(z, f, 1, 1, *sides, geometry.flip, geometry.filter_gain)
-
-
-def _strided_size(size, k: int) -> list[int]:
-    """The pixels that a convolution of stride 2 reads for a result of this size."""
-    return [(length - 1) * 2 + k for length in size]
-
-
-def _convolve(x: Tensor, weight: Tensor, f: Tensor | None, geometry: Geometry, size) -> Tensor:
-    """The convolution with one weight for all samples, with its resampling, by torch's."""
-    k = weight.shape[2]
-    if x.numel() == 0 or weight.numel() == 0:
-        return x.new_zeros(x.shape[0], weight.shape[0], *size)
-    if geometry.up == 2:
-        return _resample(F.conv_transpose2d(x, _transposed_weight(weight), stride=2), f, geometry, size)
-    if geometry.down == 2:
-        return F.conv2d(_resample(x, f, geometry, _strided_size(size, k)), weight, stride=2)
-    return F.conv2d(x, weight, padding=geometry.before)
-
-
-def _winograd_pays(
-    x: Tensor, weight: Tensor, f: Tensor | None, geometry: Geometry, size, overhead: int = 12
-) -> bool:
-    """Whether Winograd's form is clearly faster: a 3x3 convolution with enough full tiles, on a CPU.
-
-    overhead: tiles that take about as long as what is done once, which is to transform the weights.
-    """
-    if x.device.type != "cpu" or weight.dtype != torch.float32 or weight.shape[2] != 3:
-        return False
-    if f is None:
-        if geometry.before < 0:
-            return False
-    elif f.requires_grad or f.shape[0] > WINOGRAD_TAPS:
-        return False
-    if min(weight.shape[:2]) < 16:
-        return False
-    height, width = x.shape[2:] if geometry.up == 2 else size
-    tiles = x.shape[0] * -(-height // 4) * -(-width // 4)
-    return x.shape[0] * height * width >= 8 * (tiles + overhead)
-
-
-def _convolve_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, f: Tensor | None, geometry: Geometry, needed
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of _convolve in x, weight and f where `needed`, from differentiable ops."""
-    if x.numel() == 0 or weight.numel() == 0:
-        return torch.zeros_like(x), torch.zeros_like(weight), None if f is None else torch.zeros_like(f)
-    need_x, need_weight, need_f = needed
-    k, size = weight.shape[2], grad.shape[2:]
-    back, reversed_weight = geometry.transposed(k, f), _transposed_weight(weight)
-    grad_x = grad_weight = grad_f = None
-    if need_x and _winograd_pays(grad, reversed_weight, f, back, x.shape[2:]):
-        grad_x, need_x = _shared_convolution(grad, reversed_weight, f, back, x.shape[2:]), False
-    twice = f is not None or back.before >= 0
-    if need_weight and twice and _winograd_pays(x, weight, f, geometry, size, 64):
-        grad_weight, need_weight = _shared_weight_gradient(grad, x, f, geometry), False
-    if not (need_x or need_weight or need_f):
-        return grad_x, grad_weight, grad_f
-
-    def convolution_backward(grad, x, weight, stride, padding, transposed, need_x):
-        if not (need_x or need_weight):
-            return None, None
-        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-            grad, x, weight, None, [stride] * 2, [padding] * 2, [1, 1], transposed, [0, 0], 1,
-            [need_x, need_weight, False],
-        )  # fmt: skip
-        return grad_x if need_x else None, grad_weight if need_weight else None
-
-    flip, gain = geometry.flip, geometry.filter_gain
-    if geometry.up == 2:
-        z_size = _strided_size(x.shape[2:], k)
-        sides = _sides(z_size, size, f, geometry.before)
-        if need_f:
-            z = F.conv_transpose2d(x, reversed_weight, stride=2)
-            grad_f = filter_gradient(grad, z, f, 1, 1, sides, flip, gain)
-        if need_x or need_weight:
-            grad_z = transposed(grad, f, z_size, 1, 1, sides, flip, gain)
-            direct = convolution_backward(grad_z, x, reversed_weight, 2, 0, True, need_x)
-            grad_x = direct[0] if need_x else grad_x
-            grad_weight = _transposed_weight(direct[1]) if need_weight else grad_weight
-        return grad_x, grad_weight, grad_f
-    if geometry.down == 2:
-        z_size = _strided_size(size, k)
-        sides = _sides(x.shape[2:], z_size, f, geometry.before)
-        z = _resample(x, f, geometry, z_size)
-        grad_z, direct = convolution_backward(grad, z, weight, 2, 0, False, need_x or need_f)
-        if need_f:
-            grad_f = filter_gradient(grad_z, x, f, 1, 1, sides, flip, gain)
-        if need_x:
-            grad_x = transposed(grad_z, f, x.shape[2:], 1, 1, sides, flip, gain)
-        return grad_x, direct if need_weight else grad_weight, grad_f
-    direct = convolution_backward(grad, x, weight, 1, geometry.before, False, need_x)
-    return direct[0] if need_x else grad_x, direct[1] if need_weight else grad_weight, None
-
-
-def _shared_convolution(x: Tensor, weight: Tensor, f: Tensor | None, geometry: Geometry, size) -> Tensor:
-    return torch.ops.avatar_ops.modulated_conv2d_shared(x, weight, f, *geometry, *size)
-
-
-def _shared_weight_gradient(grad: Tensor, x: Tensor, f: Tensor | None, geometry: Geometry) -> Tensor:
-    return torch.ops.avatar_ops.modulated_conv2d_winograd_weight(
-        grad.contiguous(), x.contiguous(), None if f is None else f.contiguous(), *geometry
-    )
 
 
 def _energy(weight: Tensor, styles: Tensor, eps: float) -> Tensor:
@@ -403,7 +243,7 @@ def composed(
         noise = noise.to(dtype).expand(-1, -1, *size).contiguous()
     if bias is not None:
         bias = bias.to(dtype).contiguous()
-    if _winograd_pays(x, weight, f, geometry, size):
+    if winograd_pays(x, weight, f, geometry, size):
         y = torch.empty(x.shape[0], weight.shape[0], *size, dtype=dtype)
         z = torch.empty_like(y) if keep else None
         torch.ops.avatar_ops.modulated_conv2d_winograd(
@@ -411,7 +251,7 @@ def composed(
             None if f is None else f.contiguous(), *geometry, slope, gain, clamp,
         )  # fmt: skip
         return y.to(x.dtype), z.to(x.dtype) if keep else x.new_empty(0)
-    z = _convolve(x.contiguous() * _per_channel(styles), weight, f, geometry, size).contiguous()
+    z = convolve(x.contiguous() * _per_channel(styles), weight, f, geometry, size).contiguous()
     y = torch.empty_like(z) if keep else None
     torch.ops.avatar_ops.modulated_conv2d_epilogue(z, y, scale, noise, bias, slope, gain, clamp)
     if keep:
@@ -435,77 +275,6 @@ def _(
 @torch.library.register_fake("avatar_ops::modulated_conv2d_epilogue")
 def _(convolution, output, scale, noise, bias, slope, gain, clamp):
     return None
-
-
-@torch.library.register_fake("avatar_ops::modulated_conv2d_winograd")
-def _(
-    x, weight, styles, scale, noise, bias, y, demodulated, f, up, down, before, flip, filter_gain, slope, gain,
-    clamp,
-):  # fmt: skip
-    return None
-
-
-def _shared(x, weight, f, up, down, before, flip, filter_gain, height, width):
-    y = x.new_empty(x.shape[0], weight.shape[0], height, width)
-    torch.ops.avatar_ops.modulated_conv2d_winograd(
-        x.contiguous(), weight.contiguous(), None, None, None, None, y, None,
-        None if f is None else f.contiguous(), up, down, before, flip, filter_gain, 1.0, 1.0, None,
-    )  # fmt: skip
-    return y
-
-
-torch.library.impl("avatar_ops::modulated_conv2d_shared", "CPU", _shared)
-
-
-@torch.library.register_fake("avatar_ops::modulated_conv2d_shared")
-def _(x, weight, f, up, down, before, flip, filter_gain, height, width):
-    return x.new_empty(x.shape[0], weight.shape[0], height, width)
-
-
-def _setup_shared_context(ctx, inputs, output):
-    x, weight, f, *geometry = inputs
-    ctx.geometry = Geometry(*geometry[:5])
-    ctx.save_for_backward(x, weight, f)
-
-
-def _shared_backward(ctx, grad):
-    x, weight, f = ctx.saved_tensors
-    needed = (*ctx.needs_input_grad[:2], False)
-    grad_x, grad_weight, _ = _convolve_backward(grad, x, weight, f, ctx.geometry, needed)
-    return grad_x, grad_weight, *[None] * 8
-
-
-torch.library.register_autograd(
-    "avatar_ops::modulated_conv2d_shared", _shared_backward, setup_context=_setup_shared_context
-)
-
-
-@torch.library.register_fake("avatar_ops::modulated_conv2d_winograd_weight")
-def _(grad, x, f, up, down, before, flip, filter_gain):
-    return x.new_empty(grad.shape[1], x.shape[1], 3, 3)
-
-
-def _setup_weight_context(ctx, inputs, output):
-    grad, x, f, *geometry = inputs
-    ctx.geometry = Geometry(*geometry)
-    ctx.save_for_backward(grad, x, f)
-
-
-def _weight_backward(ctx, grad_weight):
-    grad, x, f = ctx.saved_tensors
-    need_grad, need_x = ctx.needs_input_grad[:2]
-    grad_grad = grad_x = None
-    if need_grad:
-        grad_grad = _shared_convolution(x, grad_weight, f, ctx.geometry, grad.shape[2:])
-    if need_x:
-        back = ctx.geometry.transposed(3, f)
-        grad_x = _shared_convolution(grad, _transposed_weight(grad_weight), f, back, x.shape[2:])
-    return grad_grad, grad_x, *[None] * 6
-
-
-torch.library.register_autograd(
-    "avatar_ops::modulated_conv2d_winograd_weight", _weight_backward, setup_context=_setup_weight_context
-)
 
 
 def _setup_context(ctx, inputs, output):
@@ -533,14 +302,13 @@ def _backward(ctx, grad_y, grad_demodulated):
     grad_noise = grad_bias = None
     with torch.autocast(x.device.type, enabled=False):
         x, weight, styles = x.to(dtype), weight.to(wide), styles.to(wide)
-        factors = _per_channel(styles).to(dtype)
-        modulated, filters = x * factors, weight.to(dtype)
+        factors, filters = _per_channel(styles).to(dtype), weight.to(dtype)
         energy = _energy(weight, styles, eps) if demodulate else None
         geometry = _geometry(weight.shape[2], f, padding, up, down)
         if not keep and (demodulate or _activation_needs_input(slope, gain, clamp)):
             taps = 0 if f is None else f.shape[0]
             size = output_size(x.shape[2:], weight.shape[2], taps, padding, up, down)
-            demodulated = _convolve(modulated, filters, f, geometry, size)
+            demodulated = convolve(x * factors, filters, f, geometry, size)
             if demodulate:
                 demodulated = demodulated * _per_channel(energy.rsqrt()).to(dtype)
 
@@ -571,9 +339,10 @@ def _backward(ctx, grad_y, grad_demodulated):
                 grad_weight = 2 * weight * _per_channel(per_filter)
             if need_styles:
                 grad_styles = 2 * styles * (grad_energy @ weight.square().sum((2, 3)))
-            grad = grad * _per_channel(energy.rsqrt()).to(dtype)
-        grad_modulated, through_weight, grad_f = _convolve_backward(
-            grad, modulated, filters, f, geometry, (need_x or need_styles, need_weight, need_f)
+        scale = energy.rsqrt().to(dtype) if demodulate else None
+        needed = (need_x or need_styles, need_weight, need_f)
+        grad_modulated, through_weight, grad_f = convolve_backward(
+            grad, scale, x, styles.to(dtype), filters, f, geometry, needed
         )
         if need_weight:
             through_weight = through_weight.to(wide)
@@ -581,7 +350,10 @@ def _backward(ctx, grad_y, grad_demodulated):
         if need_styles:
             through_styles = _pixel_products(grad_modulated, x).to(wide)
             grad_styles = through_styles if grad_styles is None else grad_styles + through_styles
-        grad_x = grad_modulated * factors if need_x else None
+        grad_x = None
+        if need_x:
+            # Memory that comes fresh from the system takes longer than the product.
+            grad_x = grad_modulated * factors if torch.is_grad_enabled() else grad_modulated.mul_(factors)
     gradients = (grad_x, grad_weight, grad_styles, grad_noise, grad_bias if need_bias else None)
     grad_x, grad_weight, grad_styles, grad_noise, grad_bias = (
         None if t is None else t.to(in_dtype) for t in gradients

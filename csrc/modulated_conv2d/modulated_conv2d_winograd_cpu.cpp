@@ -18,11 +18,17 @@ constexpr int64_t kMostInput = (int64_t{4} << 20) / sizeof(float);
 // Fewest rows of tiles in a stripe that starts within a sample: the row before it is computed once more.
 constexpr int64_t kStripeRows = 8;
 
-// Tiles whose products are added up before they reach the sums of the gradient in weight.
+// Sums of the gradient in weight that are held at a time where that is possible.
+constexpr int64_t kMostSums = (int64_t{8} << 20) / sizeof(float);
+// Tiles whose products are added up before they reach those sums.
 constexpr int64_t kSumTiles = 128;
 
 int64_t divide_up(int64_t value, int64_t unit) {
   return (value + unit - 1) / unit;
+}
+
+const float* data_or_null(const std::optional<Tensor>& tensor) {
+  return tensor ? const_data<float>(*tensor) : nullptr;
 }
 
 int64_t square(int64_t value) {
@@ -181,9 +187,6 @@ void modulated_conv2d_winograd_cpu(const Tensor& x, const Tensor& weight, const 
                                    std::optional<Tensor> demodulated, const std::optional<Tensor>& f,
                                    int64_t up, int64_t down, int64_t before, bool flip, double filter_gain,
                                    double slope, double gain, std::optional<double> clamp) {
-  const auto data = [](const std::optional<Tensor>& tensor) {
-    return tensor ? const_data<float>(*tensor) : nullptr;
-  };
   const WinogradForm form = form_of(up, down);
   FilterValues values;
   if (f) values = split_filter(*f, flip, filter_gain);
@@ -192,10 +195,10 @@ void modulated_conv2d_winograd_cpu(const Tensor& x, const Tensor& weight, const 
   const WinogradConv2d args{form,
                             const_data<float>(x),
                             const_data<float>(weight),
-                            data(styles),
-                            data(scale),
-                            data(noise),
-                            data(bias),
+                            data_or_null(styles),
+                            data_or_null(scale),
+                            data_or_null(noise),
+                            data_or_null(bias),
                             mutable_data<float>(y),
                             demodulated ? mutable_data<float>(*demodulated) : nullptr,
                             noise && noise->size(0) > 1 ? height * width : 0,
@@ -218,15 +221,20 @@ void modulated_conv2d_winograd_cpu(const Tensor& x, const Tensor& weight, const 
   form == WinogradForm::up ? convolve_up(args, x) : convolve(args, x);
 }
 
-// The gradient (O, I, 3, 3) in weight of the convolution of x (B, I, H, W) from that of its output, float32
-// and contiguous. Blocks of panels follow each other; within one, work is cut between parts and outputs.
+// The gradient (O, I, 3, 3) in weight of the convolution of x (B, I, H, W), times styles (B, I), from that of
+// its output, times scale (B, O); float32 and contiguous. Blocks of panels follow each other; within one,
+// work is cut between parts and outputs.
 Tensor modulated_conv2d_winograd_weight_cpu(const Tensor& grad, const Tensor& x,
+                                            const std::optional<Tensor>& scale,
+                                            const std::optional<Tensor>& styles,
                                             const std::optional<Tensor>& f, int64_t up, int64_t down,
                                             int64_t before, bool flip, double filter_gain) {
   WinogradConv2d args{};
   args.form = form_of(up, down);
   args.x = const_data<float>(x);
   args.y = const_cast<float*>(const_data<float>(grad));
+  args.styles = data_or_null(styles);
+  args.scale = data_or_null(scale);
   args.batch = x.size(0);
   args.channels = x.size(1);
   args.height = x.size(2);
@@ -249,54 +257,62 @@ Tensor modulated_conv2d_winograd_weight_cpu(const Tensor& grad, const Tensor& x,
   args.tile_columns = divide_up(smaller.size(3), kWinogradTile);
   const int64_t panel = AVATAR_ISA_CALL(winograd_panel);
   const int64_t tiles = args.batch * args.tile_rows * args.tile_columns, panels = divide_up(tiles, panel);
-  const int64_t input_size =
-      square(winograd_input_parts(args.form)) * winograd_image_stride(args.channels, panel);
-  const int64_t gradient_size =
-      square(winograd_gradient_parts(args.form)) * winograd_image_stride(args.outputs, panel);
   if (panels == 0) return torch::stable::new_zeros(x, {args.outputs, args.channels, 3, 3});
+  const int64_t input_parts = square(winograd_input_parts(args.form));
+  const int64_t gradient_parts = square(winograd_gradient_parts(args.form));
+  const int64_t row = winograd_sum_row(args.channels, panel), rows = winograd_sum_outputs(args.outputs);
+  const int64_t panel_size = panel * (input_parts * row + gradient_parts * rows);
   // So many tiles that adding to the sums weighs little, and no more, for the sake of the caches.
-  const int64_t wanted = divide_up(kSumTiles, panel), most = kMostMemory / (input_size + gradient_size);
+  const int64_t wanted = divide_up(kSumTiles, panel), most = kMostMemory / panel_size;
   const int64_t block_panels = std::min(panels, std::max<int64_t>(1, std::min(wanted, most)));
-  // Each task packs the inputs for itself, so that few threads share the outputs of a part.
-  const int64_t blocks = divide_up(args.outputs, kWinogradOutputs);
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t split = divide_up(blocks, std::min(blocks, divide_up(threads, 4))) * kWinogradOutputs;
-  const int64_t splits = divide_up(args.outputs, split);
-  const int64_t tasks = kWinogradParts * splits, workers = std::min(threads, tasks);
-  const int64_t row = winograd_sum_row(args.channels, panel);
-  const int64_t packed_size = block_panels * panel * (row + split);
-  Tensor inputs = torch::stable::new_empty(x, {block_panels * input_size});
-  Tensor gradients = torch::stable::new_empty(x, {block_panels * gradient_size});
-  Tensor packed = torch::stable::new_empty(x, {workers * packed_size});
-  Tensor sums = torch::stable::new_empty(x, {kWinogradParts * winograd_sum_outputs(args.outputs), row});
+  // With one block of panels, the sums of some outputs follow those of others in the same memory.
+  const int64_t fitting = kMostSums / (kWinogradParts * row * kWinogradOutputs);
+  const int64_t chunk =
+      panels > block_panels ? rows : std::min(rows, std::max<int64_t>(1, fitting) * kWinogradOutputs);
+  const int64_t worker_size = std::max(input_parts * winograd_image_stride(args.channels, panel),
+                                       gradient_parts * winograd_image_stride(args.outputs, panel));
+  const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), 2 * block_panels);
+  Tensor inputs = torch::stable::new_empty(x, {block_panels * panel * input_parts * row});
+  Tensor gradients = torch::stable::new_empty(x, {block_panels * panel * gradient_parts * rows});
+  Tensor scratch = torch::stable::new_empty(x, {workers * worker_size});
+  Tensor sums_memory = torch::stable::new_empty(x, {kWinogradParts * chunk * row});
   Tensor result = torch::stable::new_empty(x, {args.outputs, args.channels, 3, 3});
-  float* transformed = mutable_data<float>(inputs);
-  float* transformed_gradient = mutable_data<float>(gradients);
+  float* packed_input = mutable_data<float>(inputs);
+  float* packed_gradient = mutable_data<float>(gradients);
+  float* sums = mutable_data<float>(sums_memory);
   for (int64_t first = 0; first < panels; first += block_panels) {
     const int64_t count = std::min(block_panels, panels - first);
-    parallel_tasks(2 * count, [&](int64_t task) {
-      const int64_t p = task / 2, tile = (first + p) * panel;
-      if (task % 2 == 0) {
-        AVATAR_ISA_CALL(winograd_input, args, tile, tiles, transformed + p * input_size);
-      } else {
-        AVATAR_ISA_CALL(winograd_gradient, args, tile, transformed_gradient + p * gradient_size);
-      }
-    });
     std::atomic<int64_t> next{0};
     torch::stable::parallel_for(0, workers, 1, [&](int64_t worker, int64_t) {
-      float* memory = mutable_data<float>(packed) + worker * packed_size;
-      for (int64_t task = next++; task < tasks; task = next++) {
-        AVATAR_ISA_CALL(winograd_weight_products, args, count, task / splits, task % splits * split, split,
-                        transformed, transformed_gradient, first > 0, mutable_data<float>(sums), memory);
+      float* memory = mutable_data<float>(scratch) + worker * worker_size;
+      for (int64_t task = next++; task < 2 * count; task = next++) {
+        const int64_t p = task / 2, tile = (first + p) * panel;
+        if (task % 2 == 0) {
+          AVATAR_ISA_CALL(winograd_input, args, tile, tiles, memory);
+          AVATAR_ISA_CALL(winograd_pack_input, args, memory, p, count, packed_input);
+        } else {
+          AVATAR_ISA_CALL(winograd_gradient, args, tile, memory);
+          AVATAR_ISA_CALL(winograd_pack_gradient, args, memory, p, count, packed_gradient);
+        }
       }
     });
-  }
-  torch::stable::parallel_for(0, args.outputs, 8, [&](int64_t begin, int64_t end) {
-    for (int64_t output = begin; output < end; ++output) {
-      AVATAR_ISA_CALL(winograd_weight_gradient, args, output, const_data<float>(sums),
-                      mutable_data<float>(result));
+    for (int64_t output = 0; output < rows; output += chunk) {
+      const int64_t blocks = std::min(chunk, rows - output) / kWinogradOutputs;
+      parallel_tasks(kWinogradParts * blocks, [&](int64_t task) {
+        const int64_t part = task / blocks, block = task % blocks * kWinogradOutputs;
+        AVATAR_ISA_CALL(winograd_weight_products, args, count, part, output + block, packed_input,
+                        packed_gradient, first > 0, sums + (part * chunk + block) * row);
+      });
+      if (first + count < panels) continue;
+      torch::stable::parallel_for(
+          output, std::min(args.outputs, output + chunk), 8, [&](int64_t begin, int64_t end) {
+            for (int64_t o = begin; o < end; ++o) {
+              AVATAR_ISA_CALL(winograd_weight_gradient, args, o, sums + (o - output) * row, chunk * row,
+                              mutable_data<float>(result));
+            }
+          });
     }
-  });
+  }
   return result;
 }
 

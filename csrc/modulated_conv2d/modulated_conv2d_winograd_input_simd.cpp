@@ -171,11 +171,11 @@ void winograd_gradient(const WinogradConv2d& args, int64_t tile, float* transfor
   const Image image{args.y, args.out_height, args.out_width, 1.f};
   const int64_t end = count_tiles(args);
   if (args.form == WinogradForm::plain) {
-    transform_tiles<PlainGradient>(args, tile, end, image, args.outputs, nullptr, 0, transformed);
+    transform_tiles<PlainGradient>(args, tile, end, image, args.outputs, args.scale, 0, transformed);
   } else if (args.form == WinogradForm::down) {
-    transform_tiles<SmallTile>(args, tile, end, image, args.outputs, nullptr, 0, transformed);
+    transform_tiles<SmallTile>(args, tile, end, image, args.outputs, args.scale, 0, transformed);
   } else {
-    transform_filtered(args, tile, end, image, args.outputs, nullptr, transformed);
+    transform_filtered(args, tile, end, image, args.outputs, args.scale, transformed);
   }
 }
 

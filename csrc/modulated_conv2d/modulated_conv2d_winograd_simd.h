@@ -99,7 +99,7 @@ inline int64_t winograd_image_stride(int64_t channels, int64_t panel) {
   return channels * panel + 16;
 }
 
-// Rows, and elements of a row, of the sums that winograd_weight_products makes, with room for whole blocks.
+// Rows, and elements of a row, of the sums of the gradient in weight, with room for whole blocks.
 inline int64_t winograd_sum_outputs(int64_t outputs) {
   return (outputs + kWinogradOutputs - 1) / kWinogradOutputs * kWinogradOutputs;
 }
@@ -145,12 +145,14 @@ struct WinogradStripe {
 // `products` is working memory of winograd_products^2 * kWinogradOutputs * panel elements.
 // winograd_up_output does so for the form `up`, with `bands` for these channels' lines and working `memory`
 // for the filter, and writes the rows of y that the panel completes.
-// Of the gradient in weight: winograd_gradient transforms that of the output, which args.y holds, as
-// winograd_input does the input, with outputs for channels; winograd_weight_products multiplies both over
-// `panels` panels, for one of the 36 parts and `outputs` filters from `output` on, both multiples of
-// kWinogradOutputs, into sums (kWinogradParts, winograd_sum_outputs, winograd_sum_row), with working memory
-// for `packed` images of panels * panel * (winograd_sum_row + outputs) elements; winograd_weight_gradient
-// makes the gradient of one filter of the sums. The filter given is that of whichever image is the larger.
+// Of the gradient in weight: winograd_gradient transforms that of the output, which args.y holds, times
+// args.scale, as winograd_input does the input, with outputs for channels; winograd_pack_* reorder that for
+// the products: `packed` holds `panels` panels, of which this is number `panel`, in winograd_input_parts^2 *
+// winograd_sum_row * panels * panel elements, or winograd_gradient_parts^2 * winograd_sum_outputs * panels *
+// panel; winograd_weight_products multiplies both, for one of the 36 parts and kWinogradOutputs filters from
+// `output` on, into target (kWinogradOutputs, winograd_sum_row); winograd_weight_gradient makes the gradient
+// of one filter of its sums, those of different parts `stride` apart. args.filter is that of whichever image
+// is the larger.
 #define AVATAR_DECLARE(ISA)                                                                                \
   namespace ISA {                                                                                          \
   int64_t winograd_panel();                                                                                \
@@ -162,11 +164,15 @@ struct WinogradStripe {
                           int64_t output, const float* weights, const float* transformed, float* products, \
                           float* bands, float* memory);                                                    \
   void winograd_gradient(const WinogradConv2d& args, int64_t tile, float* transformed);                    \
+  void winograd_pack_input(const WinogradConv2d& args, const float* transformed, int64_t panel,            \
+                           int64_t panels, float* packed);                                                 \
+  void winograd_pack_gradient(const WinogradConv2d& args, const float* transformed, int64_t panel,         \
+                              int64_t panels, float* packed);                                              \
   void winograd_weight_products(const WinogradConv2d& args, int64_t panels, int64_t part, int64_t output,  \
-                                int64_t outputs, const float* inputs, const float* gradients,              \
-                                bool accumulate, float* target, float* packed);                            \
+                                const float* inputs, const float* gradients, bool accumulate,              \
+                                float* target);                                                            \
   void winograd_weight_gradient(const WinogradConv2d& args, int64_t output, const float* sums,             \
-                                float* grad_weight);                                                       \
+                                int64_t stride, float* grad_weight);                                       \
   }
 AVATAR_FOR_EACH_ISA(AVATAR_DECLARE)
 #undef AVATAR_DECLARE

@@ -39,13 +39,11 @@ void transform_weights(const WinogradConv2d& args, int64_t output, float* transf
 }
 
 template <bool kStrided>
-void transform_sums(const WinogradConv2d& args, int64_t output, const float* sums, float* grad_weight) {
-  const int64_t row = winograd_sum_row(args.channels, kPanel);
+void transform_sums(const WinogradConv2d& args, int64_t output, const float* sums, int64_t stride,
+                    float* grad_weight) {
   for (int64_t c = 0; c < args.channels; c += kLanes) {
     Floats w[kWinogradParts], columns[3 * kSide], g[9];
-    for (int64_t n = 0; n < kWinogradParts; ++n) {
-      w[n] = load(sums + (n * winograd_sum_outputs(args.outputs) + output) * row + c);
-    }
+    for (int64_t n = 0; n < kWinogradParts; ++n) w[n] = load(sums + n * stride + c);
     for (int64_t j = 0; j < kSide; ++j) transform_weight_gradient<kStrided>(w + j, kSide, columns + j, kSide);
     for (int64_t i = 0; i < 3; ++i) transform_weight_gradient<kStrided>(columns + i * kSide, 1, g + i * 3, 1);
     for (int64_t lane = 0; lane < std::min(kLanes, args.channels - c); ++lane) {
@@ -55,26 +53,22 @@ void transform_sums(const WinogradConv2d& args, int64_t output, const float* sum
   }
 }
 
-// target (channels / kBlock, tiles, kBlock) of one part of `panels` panels, each of (count, kPanel), by
-// groups of channels, the last of which is filled up with 0.
+// target (channels / kBlock, tiles, kBlock) from (channels, kPanel), by groups of channels, the last of which
+// is filled up with 0.
 template <int64_t kBlock, int64_t kGroup>
-void pack_part(const float* part, int64_t panel_size, int64_t panels, int64_t count, float* target) {
-  const int64_t tiles = panels * kPanel;
-  for (int64_t p = 0; p < panels; ++p) {
-    for (int64_t c = 0; c < count; c += kGroup) {
-      float* block = target + (c / kBlock * tiles + p * kPanel) * kBlock + c % kBlock;
-      for (int64_t t = 0; t < kPanel; t += kLanes) {
-        Floats rows[kGroup];
-        for (int64_t i = 0; i < kGroup; ++i) {
-          rows[i] = c + i < count ? load(part + p * panel_size + (c + i) * kPanel + t) : Floats{};
-        }
-        interleave(rows);
-        // Each vector holds kLanes / kGroup tiles.
-        static_assert(kGroup == kLanes || kGroup == kBlock,
-                      "a vector is one tile's, or tiles are contiguous");
-        constexpr int64_t kTiles = kLanes / kGroup;
-        for (int64_t i = 0; i < kGroup; ++i) store(block + (t + i * kTiles) * kBlock, rows[i]);
+void pack_part(const float* part, int64_t channels, int64_t tiles, float* target) {
+  // A vector holds the group of kTiles tiles, which are beside each other only if the group is the block.
+  constexpr int64_t kTiles = kLanes / kGroup;
+  static_assert(kTiles == 1 || kGroup == kBlock, "a vector is stored in one piece");
+  for (int64_t c = 0; c < channels; c += kGroup) {
+    float* block = target + c / kBlock * tiles * kBlock + c % kBlock;
+    for (int64_t t = 0; t < kPanel; t += kLanes) {
+      Floats rows[kGroup];
+      for (int64_t i = 0; i < kGroup; ++i) {
+        rows[i] = c + i < channels ? load(part + (c + i) * kPanel + t) : Floats{};
       }
+      interleave(rows);
+      for (int64_t i = 0; i < kGroup; ++i) store(block + (t + i * kTiles) * kBlock, rows[i]);
     }
   }
 }
@@ -109,44 +103,55 @@ void winograd_weights(const WinogradConv2d& args, int64_t output, float* transfo
   }
 }
 
+void winograd_pack_input(const WinogradConv2d& args, const float* transformed, int64_t panel, int64_t panels,
+                         float* packed) {
+  const int64_t parts = winograd_input_parts(args.form), tiles = panels * kPanel;
+  for (int64_t n = 0; n < parts * parts; ++n) {
+    pack_part<kPanel, kLanes>(
+        transformed + n * winograd_image_stride(args.channels, kPanel), args.channels, tiles,
+        packed + n * winograd_sum_row(args.channels, kPanel) * tiles + panel * kPanel * kPanel);
+  }
+}
+
+void winograd_pack_gradient(const WinogradConv2d& args, const float* transformed, int64_t panel,
+                            int64_t panels, float* packed) {
+  const int64_t parts = winograd_gradient_parts(args.form), tiles = panels * kPanel;
+  for (int64_t n = 0; n < parts * parts; ++n) {
+    pack_part<kRows, kRows>(transformed + n * winograd_image_stride(args.outputs, kPanel), args.outputs,
+                            tiles,
+                            packed + n * winograd_sum_outputs(args.outputs) * tiles + panel * kPanel * kRows);
+  }
+}
+
 void winograd_weight_products(const WinogradConv2d& args, int64_t panels, int64_t part, int64_t output,
-                              int64_t outputs, const float* inputs, const float* gradients, bool accumulate,
-                              float* target, float* packed) {
-  const int64_t input_stride = winograd_image_stride(args.channels, kPanel);
-  const int64_t gradient_stride = winograd_image_stride(args.outputs, kPanel);
-  const int64_t input_parts = winograd_input_parts(args.form);
-  const int64_t gradient_parts = winograd_gradient_parts(args.form);
+                              const float* inputs, const float* gradients, bool accumulate, float* target) {
+  const int64_t row = winograd_sum_row(args.channels, kPanel), tiles = panels * kPanel;
   PartPair pairs[16];
   const int64_t num_pairs = find_pairs(args.form, part, pairs);
-  const int64_t row = winograd_sum_row(args.channels, kPanel), tiles = panels * kPanel;
-  float* packed_gradient = packed + row * tiles;
-  target += (part * winograd_sum_outputs(args.outputs) + output) * row;
   for (int64_t pair = 0; pair < num_pairs; ++pair) {
-    pack_part<kPanel, kLanes>(inputs + pairs[pair].input * input_stride,
-                              input_parts * input_parts * input_stride, panels, args.channels, packed);
-    pack_part<kRows, kRows>(gradients + pairs[pair].gradient * gradient_stride + output * kPanel,
-                            gradient_parts * gradient_parts * gradient_stride, panels,
-                            std::min(outputs, args.outputs - output), packed_gradient);
+    const float* input = inputs + pairs[pair].input * row * tiles;
+    const float* gradient =
+        gradients + (pairs[pair].gradient * winograd_sum_outputs(args.outputs) + output) * tiles;
     for (int64_t c = 0; c < args.channels; c += kPanel) {
-      for (int64_t o = 0; o < std::min(outputs, args.outputs - output); o += kRows) {
-        const float* left = packed_gradient + o * tiles;
-        float* sums = target + o * row + c;
+      for (int64_t o = 0; o < std::min(kWinogradOutputs, args.outputs - output); o += kRows) {
         if (accumulate || pair > 0) {
-          product<kPanelVectors, true>(tiles, left, packed + c * tiles, sums, row);
+          product<kPanelVectors, true>(tiles, gradient + o * tiles, input + c * tiles, target + o * row + c,
+                                       row);
         } else {
-          product<kPanelVectors, false>(tiles, left, packed + c * tiles, sums, row);
+          product<kPanelVectors, false>(tiles, gradient + o * tiles, input + c * tiles, target + o * row + c,
+                                        row);
         }
       }
     }
   }
 }
 
-void winograd_weight_gradient(const WinogradConv2d& args, int64_t output, const float* sums,
+void winograd_weight_gradient(const WinogradConv2d& args, int64_t output, const float* sums, int64_t stride,
                               float* grad_weight) {
   if (args.form == WinogradForm::plain) {
-    transform_sums<false>(args, output, sums, grad_weight);
+    transform_sums<false>(args, output, sums, stride, grad_weight);
   } else {
-    transform_sums<true>(args, output, sums, grad_weight);
+    transform_sums<true>(args, output, sums, stride, grad_weight);
   }
 }
 

@@ -142,7 +142,7 @@ def assert_accurate(actual, expected):
 
 def winograd_pays(x, weight, size, overhead=12, f=None, padding=1, up=1, down=1):
     geometry = modulated_conv2d._geometry(3, f, padding, up, down)
-    return modulated_conv2d._winograd_pays(x, weight, f, geometry, size, overhead)
+    return modulated_conv2d.winograd_pays(x, weight, f, geometry, size, overhead)
 
 
 def image_layer(batch, channels, outputs, height, width):
@@ -207,7 +207,7 @@ def test_derivatives_through_winograd_keep_the_accuracy_bound(padding, isa):
 
 def test_winograd_weight_gradient_of_no_images_is_zero():
     grad = torch.ops.avatar_ops.modulated_conv2d_winograd_weight(
-        torch.ones(0, 5, 8, 8), torch.ones(0, 3, 8, 8), None, 1, 1, 1, False, 1.0
+        torch.ones(0, 5, 8, 8), torch.ones(0, 3, 8, 8), None, None, None, 1, 1, 1, False, 1.0
     )
     assert torch.equal(grad, torch.zeros(5, 3, 3, 3))
 
@@ -222,14 +222,10 @@ def test_winograd_gives_the_same_bits_for_any_thread_count(isa):
             for threads in (1, 2, 5):
                 torch.set_num_threads(threads)
                 y = avatar_ops.modulated_conv2d(*tensors)
-                results.append(
-                    (
-                        y,
-                        torch.ops.avatar_ops.modulated_conv2d_winograd_weight(
-                            y.cos(), tensors[0], None, 1, 1, 1, False, 1.0
-                        ),
-                    )
+                grad_weight = torch.ops.avatar_ops.modulated_conv2d_winograd_weight(
+                    y.cos(), tensors[0], None, None, None, 1, 1, 1, False, 1.0
                 )
+                results.append((y, grad_weight))
             for result in results[1:]:
                 assert all(torch.equal(a, e) for a, e in zip(result, results[0], strict=True))
     finally:
