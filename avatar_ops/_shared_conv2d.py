@@ -133,7 +133,8 @@ def convolve_backward(
     # The gradient of that in x is a convolution with `back` too.
     twice = f is not None or back.before >= 0
     native_weight = need_weight and twice and winograd_pays(x, weight, f, geometry, size, 64)
-    if torch.is_grad_enabled() or native_x < need_x or native_weight < need_weight or need_f:
+    native = not need_f and (native_x or not need_x) and (native_weight or not need_weight)
+    if torch.is_grad_enabled() or not native:
         x, styles = _scaled(x, styles), None
         grad, scale = _scaled(grad, scale), None
     grad_x = grad_weight = grad_f = None

@@ -152,23 +152,26 @@ void filter_band(const WinogradConv2d& args, int64_t sample, int64_t output, int
   }
 }
 
-// Adds the tiles of a segment to the lines of the larger image. The first line and column of a tile also get
-// the last ones of the tiles before it.
+// Adds the tiles of a segment, whose lines change, to the lines of the larger image. The first line and
+// column of a tile also get the last ones of the tiles before it: column by column, and then the line above,
+// however a row is cut into segments, between which the last column waits behind the lines.
 void add_to_band(const WinogradConv2d& args, const Segment& segment, bool first_row,
-                 const float (*parts)[9][kPanel], const float (*lines)[8 * kPanel], float* band) {
+                 const float (*parts)[9][kPanel], float (*lines)[8 * kPanel], float* band) {
+  const bool complete = segment.column + segment.count == args.tile_columns;
+  const int64_t size = 8 * segment.count;
+  float* waiting = band + 24 * winograd_band_line(args);
   for (int64_t r = 0; r < 9; ++r) {
     float* target = band + (8 * segment.row + r) % 24 * winograd_band_line(args) + 8 * segment.column;
-    const float* line = lines[r] + 8 * segment.begin;
-    const int64_t size = 8 * segment.count;
+    float* line = lines[r] + 8 * segment.begin;
+    if (segment.column > 0) line[0] += waiting[r];
     const float last = parts[r][8][segment.begin + segment.count - 1];
+    waiting[r] = last;
     if (r == 0 && !first_row) {
       for (int64_t i = 0; i < size; ++i) target[i] += line[i];
-      target[size] += last;
+      if (complete) target[size] += last;
     } else {
-      const float before = segment.column > 0 ? target[0] : 0.f;
       std::copy_n(line, size, target);
-      target[0] += before;
-      target[size] = last;
+      if (complete) target[size] = last;
     }
   }
 }

@@ -109,13 +109,14 @@ inline int64_t winograd_sum_row(int64_t channels, int64_t panel) {
 }
 
 // Elements of a line of the larger output image, and of the lines that are kept of one of its channels: those
-// of three rows of tiles, in turn. The resampling filter may read kWinogradSlack elements beyond.
+// of three rows of tiles, in turn, and what is to be added to the next tile. The resampling filter may read
+// kWinogradSlack elements beyond.
 inline int64_t winograd_band_line(const WinogradConv2d& args) {
   return args.tile_columns * 8 + 8;
 }
 
 inline int64_t winograd_band(const WinogradConv2d& args) {
-  return 24 * winograd_band_line(args);
+  return 24 * winograd_band_line(args) + 16;
 }
 
 // Working memory of a resampling filter on kWinogradRows lines of the larger output image, with zeros around
