@@ -89,12 +89,10 @@ def convolve(x: Tensor, weight: Tensor, f: Tensor | None, geometry: Geometry, si
     return F.conv2d(x, weight, padding=geometry.before)
 
 
-def winograd_pays(
-    x: Tensor, weight: Tensor, f: Tensor | None, geometry: Geometry, size, overhead: int = 12
-) -> bool:
-    """Whether Winograd's form is clearly faster: a 3x3 convolution with enough full tiles, on a CPU.
+def winograd_pays(x: Tensor, weight: Tensor, f: Tensor | None, geometry: Geometry, size) -> bool:
+    """Whether Winograd's form is faster: a 3x3 convolution with enough full tiles, on a CPU.
 
-    overhead: tiles that take about as long as what is done once, which is to transform the weights.
+    size: height and width of the result. The form gives no gradient in f.
     """
     if x.device.type != "cpu" or weight.dtype != torch.float32 or weight.shape[2] != 3:
         return False
@@ -107,6 +105,8 @@ def winograd_pays(
         return False
     height, width = x.shape[2:] if geometry.up == 2 else size
     tiles = x.shape[0] * -(-height // 4) * -(-width // 4)
+    # What is done once, which is to transform the weights, takes about as long as this many tiles.
+    overhead = 12
     return x.shape[0] * height * width >= 8 * (tiles + overhead)
 
 
@@ -132,7 +132,7 @@ def convolve_backward(
     native_x = need_x and winograd_pays(grad, reversed_weight, f, back, x.shape[2:])
     # The gradient of that in x is a convolution with `back` too.
     twice = f is not None or back.before >= 0
-    native_weight = need_weight and twice and winograd_pays(x, weight, f, geometry, size, 64)
+    native_weight = need_weight and twice and winograd_pays(x, weight, f, geometry, size)
     native = not need_f and (native_x or not need_x) and (native_weight or not need_weight)
     if torch.is_grad_enabled() or not native:
         x, styles = _scaled(x, styles), None

@@ -88,9 +88,10 @@ def modulated_conv2d(
     one convolution with the shared weight; no weight per sample is formed. On a GPU its float32 products use
     TensorFloat-32 where torch.backends.cudnn.conv.fp32_precision is "tf32", as torch's own convolutions do. Of
     those gradients and float64 are made, and follow their switches, that for determinism too.
-    On a CPU, float32 convolutions of 3x3 with up = down = 1, at least 16 channels on either side and enough
-    pixels, and their gradients, take Winograd's form F(4x4, 3x3): as accurate as the direct one, but all 16
-    outputs of a tile are NaN where one of the 6x6 inputs it reads is not finite.
+    On a CPU, 3x3 convolutions of float32 and half images with at least 16 channels on either side and enough
+    pixels, and their gradients, take Winograd's form (not with a filter of more than 8 taps or one that
+    requires a gradient): about as accurate as the direct one, but all outputs of a tile, 4x4 or 8x8 and what
+    the filter spreads them to, are NaN where one of the inputs it reads is not finite.
     Source: Karras et al., Analyzing and Improving the Image Quality of StyleGAN, CVPR 2020, sec. 2.2.
     Reference: reference.modulated_conv2d.
     """

@@ -25,11 +25,11 @@ def assert_accurate(actual, expected):
     assert (actual.double() - expected).norm() <= 4e-6 * expected.norm()
 
 
-def winograd_pays(x, weight, size, overhead=12, f=None, padding=1, up=1, down=1):
+def winograd_pays(x, weight, size, f=None, padding=1, up=1, down=1):
     if f is None and up * down == 2:
         f = torch.ones(4)
     geometry = modulated_conv2d._geometry(3, f, padding, up, down)
-    return shared_conv2d.winograd_pays(x, weight, f, geometry, size, overhead)
+    return shared_conv2d.winograd_pays(x, weight, f, geometry, size)
 
 
 def image_layer(batch, channels, outputs, height, width):
@@ -84,7 +84,7 @@ def test_derivatives_through_winograd_keep_the_accuracy_bound(padding, isa):
         leaves = [t.to(dtype).requires_grad_() for t in image_layer(3, 18, 17, 28, 30)]
         bias = torch.randn(17).to(dtype).requires_grad_()
         y = function(*leaves, bias=bias, activation="lrelu", padding=padding)
-        assert winograd_pays(leaves[0].float(), leaves[1].float(), y.shape[2:], 64, padding=padding)
+        assert winograd_pays(leaves[0].float(), leaves[1].float(), y.shape[2:], padding=padding)
         leaves.append(bias)
         first = torch.autograd.grad((y * torch.randn(y.shape)).sum(), leaves, create_graph=True)
         second = torch.autograd.grad(first[0].square().sum() + first[1].square().sum(), leaves[:3])
@@ -172,7 +172,7 @@ def test_derivatives_through_resampled_winograd_keep_the_accuracy_bound(mode, f,
         bias = torch.randn(17).to(dtype).requires_grad_()
         taps = None if f is None else f.to(dtype)
         y = function(*leaves, bias=bias, activation="lrelu", resample_filter=taps, **MODES[mode])
-        assert winograd_pays(leaves[0], leaves[1].float(), y.shape[2:], 64, **MODES[mode])
+        assert winograd_pays(leaves[0], leaves[1].float(), y.shape[2:], **MODES[mode])
         leaves.append(bias)
         value = (y * torch.randn(y.shape)).sum()
         alone = torch.autograd.grad(value, leaves, retain_graph=True)
