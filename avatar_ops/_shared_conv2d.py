@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._library import define
+from ._library import define, reached_inputs, tensor_inputs
 from .upfirdn2d import filter_gradient, transposed
 
 # float32 3x3 convolution and epilogue in one, on the CPU; y and demodulated are written. The geometry is that
@@ -67,7 +67,7 @@ def _sides(size, size_out, f: Tensor, before: int) -> tuple[int, int, int, int]:
     return before, after[1], before, after[0]
 
 
-def _resample(z: Tensor, f: Tensor, geometry: Geometry, size) -> Tensor:
+def resample(z: Tensor, f: Tensor, geometry: Geometry, size) -> Tensor:
     sides = _sides(z.shape[2:], size, f, geometry.before)
     return torch.ops.avatar_ops.upfirdn2d(z, f, 1, 1, *sides, geometry.flip, geometry.filter_gain)
 
@@ -83,9 +83,9 @@ def convolve(x: Tensor, weight: Tensor, f: Tensor | None, geometry: Geometry, si
     if x.numel() == 0 or weight.numel() == 0:
         return x.new_zeros(x.shape[0], weight.shape[0], *size)
     if geometry.up == 2:
-        return _resample(F.conv_transpose2d(x, transposed_weight(weight), stride=2), f, geometry, size)
+        return resample(F.conv_transpose2d(x, transposed_weight(weight), stride=2), f, geometry, size)
     if geometry.down == 2:
-        return F.conv2d(_resample(x, f, geometry, _strided_size(size, k)), weight, stride=2)
+        return F.conv2d(resample(x, f, geometry, _strided_size(size, k)), weight, stride=2)
     return F.conv2d(x, weight, padding=geometry.before)
 
 
@@ -135,7 +135,8 @@ def convolve_backward(
     native_weight = need_weight and twice and winograd_pays(x, weight, f, geometry, size)
     native = not need_f and (native_x or not need_x) and (native_weight or not need_weight)
     if torch.is_grad_enabled() or not native:
-        x, styles = _scaled(x, styles), None
+        # Gradients in x read its shape alone.
+        x, styles = _scaled(x, styles) if need_weight or need_f else x, None
         grad, scale = _scaled(grad, scale), None
     grad_x = grad_weight = grad_f = None
     if native_x:
@@ -170,7 +171,7 @@ def convolve_backward(
     if geometry.down == 2:
         z_size = _strided_size(size, k)
         sides = _sides(x.shape[2:], z_size, f, geometry.before)
-        z = _resample(x, f, geometry, z_size)
+        z = resample(x, f, geometry, z_size)
         grad_z, direct = convolution_backward(grad, z, weight, 2, 0, False, need_x or need_f)
         if need_f:
             grad_f = filter_gradient(grad_z, x, f, 1, 1, sides, flip, gain)
@@ -241,14 +242,14 @@ def _refuse_factors(*factors: Tensor | None) -> None:
 
 def _setup_shared_context(ctx, inputs, output):
     x, weight, styles, f, *geometry = inputs
-    ctx.geometry = Geometry(*geometry[:5])
+    ctx.geometry, ctx.tensors = Geometry(*geometry[:5]), tensor_inputs(inputs)
     ctx.save_for_backward(x, weight, styles, f)
 
 
 def _shared_backward(ctx, grad):
     x, weight, styles, f = ctx.saved_tensors
     _refuse_factors(styles)
-    needed = (*ctx.needs_input_grad[:2], False)
+    needed = (*reached_inputs(ctx, ctx.tensors)[:2], False)
     grad_x, grad_weight, _ = convolve_backward(grad, None, x, None, weight, f, ctx.geometry, needed)
     return grad_x, grad_weight, *[None] * 9
 
@@ -260,14 +261,14 @@ torch.library.register_autograd(
 
 def _setup_weight_context(ctx, inputs, output):
     grad, x, scale, styles, f, *geometry = inputs
-    ctx.geometry = Geometry(*geometry)
+    ctx.geometry, ctx.tensors = Geometry(*geometry), tensor_inputs(inputs)
     ctx.save_for_backward(grad, x, scale, styles, f)
 
 
 def _weight_backward(ctx, grad_weight):
     grad, x, scale, styles, f = ctx.saved_tensors
     _refuse_factors(scale, styles)
-    need_grad, need_x = ctx.needs_input_grad[:2]
+    need_grad, need_x = reached_inputs(ctx, ctx.tensors)[:2]
     grad_grad = grad_x = None
     if need_grad:
         grad_grad = _shared_convolution(x, grad_weight, None, f, ctx.geometry, grad.shape[2:])

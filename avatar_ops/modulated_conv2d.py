@@ -16,9 +16,13 @@ from ._library import (
     check_shape,
     define,
     launch_with_triton,
+    reached_inputs,
+    tensor_inputs,
 )
 from ._shared_conv2d import Geometry, convolve, convolve_backward, winograd_pays
+from ._small_conv2d import small_convolve, small_pays
 from .bias_act import activation_options, check_bias, sign_from_output
+from .modulated_conv2d_scale import filter_energy, per_channel, pixel_products, scale_and_sum
 
 # resample_filter sums to 1 and may be of the dtype that x accumulates in; noise is (1 or B, 1, ., .).
 # `demodulated` is the result before noise and bias, for the backward pass; empty unless `keep` is set.
@@ -215,18 +219,17 @@ def _geometry(k: int, f: Tensor | None, padding: int, up: int, down: int) -> Geo
     return Geometry(up, down, before, False, 4.0 if up == 2 else 1.0)
 
 
-def _energy(weight: Tensor, styles: Tensor, eps: float) -> Tensor:
-    """(B, O): the squared norm of each filter of each sample, plus eps."""
-    return styles.square() @ weight.square().sum((2, 3)).t() + eps
+def _energy(filters: Tensor, styles: Tensor, eps: float) -> Tensor:
+    """(B, O): the squared norm of all filters of an output, plus eps; `filters` are those of filter_energy."""
+    return styles.square() @ filters.t() + eps
 
 
-def _per_channel(values: Tensor) -> Tensor:
-    return values.unsqueeze(-1).unsqueeze(-1)
-
-
-def _pixel_products(a: Tensor, b: Tensor) -> Tensor:
-    """(B, C): sums over the pixels of a * b, without that product in memory."""
-    return (a.flatten(2).unsqueeze(2) @ b.flatten(2).unsqueeze(3)).flatten(1)
+def _few_products(x: Tensor, weight: Tensor, styles: Tensor) -> Tensor:
+    """The convolution with a weight of 1x1 and few outputs, as toRGB's, without a scaled copy of x."""
+    z = x.new_empty(x.shape[0], weight.shape[0], *x.shape[2:])
+    for image, factors, target in zip(x.flatten(2), styles, z.flatten(2), strict=True):
+        torch.mm(weight.flatten(1) * factors, image, out=target)
+    return z
 
 
 # float16 and bfloat16 are widened on the way into the convolution, so nothing overflows between the
@@ -237,14 +240,14 @@ def composed(
     """The op as torch's convolution between the scalings, and the native epilogue; float64's on a GPU too."""
     dtype = _accumulate_dtype(x.dtype)
     weight, styles = weight.to(dtype).contiguous(), styles.to(dtype)
-    scale = _energy(weight, styles, eps).rsqrt() if demodulate else None
+    scale = _energy(filter_energy(weight), styles, eps).rsqrt() if demodulate else None
     geometry = _geometry(weight.shape[2], f, padding, up, down)
     size = output_size(x.shape[2:], weight.shape[2], 0 if f is None else f.shape[0], padding, up, down)
     if noise is not None:
         noise = noise.to(dtype).expand(-1, -1, *size).contiguous()
     if bias is not None:
         bias = bias.to(dtype).contiguous()
-    if winograd_pays(x, weight, f, geometry, size):
+    if not small_pays(x, weight, geometry) and winograd_pays(x, weight, f, geometry, size):
         y = torch.empty(x.shape[0], weight.shape[0], *size, dtype=dtype)
         z = torch.empty_like(y) if keep else None
         torch.ops.avatar_ops.modulated_conv2d_winograd(
@@ -252,7 +255,12 @@ def composed(
             None if f is None else f.contiguous(), *geometry, slope, gain, clamp,
         )  # fmt: skip
         return y.to(x.dtype), z.to(x.dtype) if keep else x.new_empty(0)
-    z = convolve(x.contiguous() * _per_channel(styles), weight, f, geometry, size).contiguous()
+    if small_pays(x, weight, geometry):
+        z = small_convolve(x.to(dtype), weight, styles, f, geometry, size)
+    elif weight.shape[2] == 1 and weight.shape[0] <= 8 and geometry == (1, 1, 0, False, 1.0):
+        z = _few_products(x.to(dtype).contiguous(), weight, styles)
+    else:
+        z = convolve(x.contiguous() * per_channel(styles), weight, f, geometry, size).contiguous()
     y = torch.empty_like(z) if keep else None
     torch.ops.avatar_ops.modulated_conv2d_epilogue(z, y, scale, noise, bias, slope, gain, clamp)
     if keep:
@@ -281,6 +289,7 @@ def _(convolution, output, scale, noise, bias, slope, gain, clamp):
 def _setup_context(ctx, inputs, output):
     x, weight, styles, f, noise, bias, *ctx.options = inputs
     y, demodulated = output
+    ctx.tensors = tensor_inputs(inputs)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, weight, styles, f, noise, bias, y, demodulated)
 
@@ -298,20 +307,22 @@ def _gradient_dtype(x: Tensor) -> torch.dtype:
 def _backward(ctx, grad_y, grad_demodulated):
     x, weight, styles, f, noise, bias, y, demodulated = ctx.saved_tensors
     demodulate, up, down, padding, slope, gain, clamp, eps, keep = ctx.options
-    need_x, need_weight, need_styles, need_f, need_noise, need_bias = ctx.needs_input_grad[:6]
+    needed = reached_inputs(ctx, ctx.tensors)
+    need_x, need_weight, need_styles, need_f, need_noise, need_bias = needed[:6]
     in_dtype, dtype, wide = x.dtype, _gradient_dtype(x), _accumulate_dtype(x.dtype)
     grad_noise = grad_bias = None
     with torch.autocast(x.device.type, enabled=False):
         x, weight, styles = x.to(dtype), weight.to(wide), styles.to(wide)
-        factors, filters = _per_channel(styles).to(dtype), weight.to(dtype)
-        energy = _energy(weight, styles, eps) if demodulate else None
+        factors, filters = per_channel(styles).to(dtype), weight.to(dtype)
+        energies = filter_energy(weight) if demodulate else None
+        energy = _energy(energies, styles, eps) if demodulate else None
         geometry = _geometry(weight.shape[2], f, padding, up, down)
         if not keep and (demodulate or _activation_needs_input(slope, gain, clamp)):
             taps = 0 if f is None else f.shape[0]
             size = output_size(x.shape[2:], weight.shape[2], taps, padding, up, down)
             demodulated = convolve(x * factors, filters, f, geometry, size)
             if demodulate:
-                demodulated = demodulated * _per_channel(energy.rsqrt()).to(dtype)
+                demodulated = demodulated * per_channel(energy.rsqrt()).to(dtype)
 
         grad = None if grad_demodulated is None else grad_demodulated.to(dtype)
         if grad_y is not None:
@@ -330,31 +341,40 @@ def _backward(ctx, grad_y, grad_demodulated):
         if grad is None:
             return (None,) * 15
 
-        grad_weight = grad_styles = None
+        # One pass over the images, where it is recorded for a derivative of its own, beats folding its factors
+        # into convolutions that then have none.
+        records = torch.is_grad_enabled()
+        scale = energy.rsqrt() if demodulate else None
+        grad_weight = grad_styles = grad_x = None
         if demodulate:
             if need_weight or need_styles:
                 # d rsqrt(energy) = -rsqrt(energy) / (2 energy) d energy, and demodulated holds the rsqrt.
-                grad_energy = -0.5 * _pixel_products(grad, demodulated.to(dtype)).to(wide) / energy
+                if records:
+                    (grad, products), scale = scale_and_sum(grad, demodulated.to(dtype), scale), None
+                else:
+                    products = pixel_products(grad, demodulated.to(dtype)).to(wide)
+                grad_energy = -0.5 * products / energy
             if need_weight:
                 per_filter = grad_energy.t() @ styles.square()
-                grad_weight = 2 * weight * _per_channel(per_filter)
+                grad_weight = 2 * weight * per_channel(per_filter)
             if need_styles:
-                grad_styles = 2 * styles * (grad_energy @ weight.square().sum((2, 3)))
-        scale = energy.rsqrt().to(dtype) if demodulate else None
-        needed = (need_x or need_styles, need_weight, need_f)
+                grad_styles = 2 * styles * (grad_energy @ energies)
         grad_modulated, through_weight, grad_f = convolve_backward(
-            grad, scale, x, styles.to(dtype), filters, f, geometry, needed
-        )
+            grad, None if scale is None else scale.to(dtype), x, styles.to(dtype), filters, f, geometry,
+            (need_x or need_styles, need_weight, need_f),
+        )  # fmt: skip
         if need_weight:
             through_weight = through_weight.to(wide)
             grad_weight = through_weight if grad_weight is None else grad_weight + through_weight
         if need_styles:
-            through_styles = _pixel_products(grad_modulated, x).to(wide)
+            if need_x and records:
+                grad_x, through_styles = scale_and_sum(grad_modulated, x, styles)
+            else:
+                through_styles = pixel_products(grad_modulated, x).to(wide)
             grad_styles = through_styles if grad_styles is None else grad_styles + through_styles
-        grad_x = None
-        if need_x:
+        if need_x and grad_x is None:
             # Memory that comes fresh from the system takes longer than the product.
-            grad_x = grad_modulated * factors if torch.is_grad_enabled() else grad_modulated.mul_(factors)
+            grad_x = grad_modulated * factors if records else grad_modulated.mul_(factors)
     gradients = (grad_x, grad_weight, grad_styles, grad_noise, grad_bias if need_bias else None)
     grad_x, grad_weight, grad_styles, grad_noise, grad_bias = (
         None if t is None else t.to(in_dtype) for t in gradients
