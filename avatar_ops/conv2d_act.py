@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from ._library import define, reached_inputs, tensor_inputs
 from ._shared_conv2d import Geometry, convolve, convolve_backward, winograd_pays
@@ -86,6 +87,13 @@ torch.library.impl("avatar_ops::conv2d_act", "CPU", _composed)
 @torch.library.register_fake("avatar_ops::conv2d_act")
 def _(x, weight, f, bias, up, down, before, flip, filter_gain, height, width, slope, gain):
     return x.new_empty(x.shape[0], weight.shape[0], height, width)
+
+
+@register_flop_formula(torch.ops.avatar_ops.conv2d_act)
+def _(x_shape, weight_shape, *_, out_shape=None, **__) -> int:
+    """As torch counts its convolutions; the filter is not counted."""
+    batch, outputs, height, width = out_shape
+    return 2 * batch * outputs * height * width * weight_shape[1] * weight_shape[2] * weight_shape[3]
 
 
 def _setup_context(ctx, inputs, output):
