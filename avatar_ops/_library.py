@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import numbers
 import os
@@ -67,6 +68,25 @@ def forbid_second_derivative(backward: str) -> None:
         raise RuntimeError(f"{NAMESPACE}::{backward} has no derivative: second derivatives are not supported")
 
     torch.library.register_autograd(f"{NAMESPACE}::{backward}", raise_error)
+
+
+def tensor_inputs(inputs: Sequence) -> list[int]:
+    """Positions of an op's inputs that reached_inputs wants, found where its context is set up."""
+    return [position for position, value in enumerate(inputs) if isinstance(value, Tensor)]
+
+
+def reached_inputs(ctx, tensors: Sequence[int]) -> list[bool]:
+    """ctx.needs_input_grad without the inputs whose gradients the running backward pass does not ask for.
+
+    The former tells what may be asked for; a gradient in the image alone, say, needs no weight's.
+    """
+    reached = list(ctx.needs_input_grad)
+    for position, (node, _) in zip(tensors, ctx.next_functions, strict=True):
+        if node is not None and reached[position]:
+            # An error tells of an input that torch.autograd.grad was called for, or of no such pass.
+            with contextlib.suppress(RuntimeError):
+                reached[position] = torch._C._will_engine_execute_node(node)
+    return reached
 
 
 def register_autocast(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numbers
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ._library import (
@@ -17,9 +16,13 @@ from ._library import (
     check_shape,
     define,
     launch_with_triton,
+    reached_inputs,
+    tensor_inputs,
 )
+from ._shared_conv2d import Geometry, convolve, convolve_backward, winograd_pays
+from ._small_conv2d import small_convolve, small_pays
 from .bias_act import activation_options, check_bias, sign_from_output
-from .upfirdn2d import filter_gradient, transposed
+from .modulated_conv2d_scale import filter_energy, per_channel, pixel_products, scale_and_sum
 
 # resample_filter sums to 1 and may be of the dtype that x accumulates in; noise is (1 or B, 1, ., .).
 # `demodulated` is the result before noise and bias, for the backward pass; empty unless `keep` is set.
@@ -32,14 +35,6 @@ define(
     "modulated_conv2d_epilogue(Tensor(a!) convolution, Tensor(b!)? output, Tensor? scale, Tensor? noise, "
     "Tensor? bias, float slope, float gain, float? clamp) -> ()"
 )
-# float32 3x3 convolution and epilogue in one, on the CPU; y and demodulated are written.
-define(
-    "modulated_conv2d_winograd(Tensor x, Tensor weight, Tensor styles, Tensor? scale, Tensor? noise, "
-    "Tensor? bias, Tensor(a!) y, Tensor(b!)? demodulated, int padding, float slope, float gain, float? clamp) "
-    "-> ()"
-)
-# The gradient in weight of that convolution, from the gradient of its result; x is modulated.
-define("modulated_conv2d_winograd_weight(Tensor grad, Tensor x, int padding) -> Tensor")
 
 
 def modulated_conv2d(
@@ -97,9 +92,10 @@ def modulated_conv2d(
     one convolution with the shared weight; no weight per sample is formed. On a GPU its float32 products use
     TensorFloat-32 where torch.backends.cudnn.conv.fp32_precision is "tf32", as torch's own convolutions do. Of
     those gradients and float64 are made, and follow their switches, that for determinism too.
-    On a CPU, float32 convolutions of 3x3 with up = down = 1, at least 16 channels on either side and enough
-    pixels, and their gradients, take Winograd's form F(4x4, 3x3): as accurate as the direct one, but all 16
-    outputs of a tile are NaN where one of the 6x6 inputs it reads is not finite.
+    On a CPU, 3x3 convolutions of float32 and half images with at least 16 channels on either side and enough
+    pixels, and their gradients, take Winograd's form (not with a filter of more than 8 taps or one that
+    requires a gradient): about as accurate as the direct one, but all outputs of a tile, 4x4 or 8x8 and what
+    the filter spreads them to, are NaN where one of the inputs it reads is not finite.
     Source: Karras et al., Analyzing and Improving the Image Quality of StyleGAN, CVPR 2020, sec. 2.2.
     Reference: reference.modulated_conv2d.
     """
@@ -217,113 +213,23 @@ def _activation_needs_input(slope: float, gain: float, clamp: float | None) -> b
     return not (sign_from_output(gain, clamp) or (slope == 1 and clamp is None))
 
 
-def _transposed_weight(weight: Tensor) -> Tensor:
-    """The weight of conv_transpose2d that up-sampling uses."""
-    return weight.flip(2, 3).transpose(0, 1)
+def _geometry(k: int, f: Tensor | None, padding: int, up: int, down: int) -> Geometry:
+    """That of the op."""
+    before = padding if f is None else filter_padding(k, f.shape[0], padding, up)[0]
+    return Geometry(up, down, before, False, 4.0 if up == 2 else 1.0)
 
 
-def _resample(z: Tensor, f: Tensor, sides, gain: float) -> Tensor:
-    return torch.ops.avatar_ops.upfirdn2d(z, f, 1, 1, *sides, False, gain)
+def _energy(filters: Tensor, styles: Tensor, eps: float) -> Tensor:
+    """(B, O): the squared norm of all filters of an output, plus eps; `filters` are those of filter_energy."""
+    return styles.square() @ filters.t() + eps
 
 
-def _convolve(x: Tensor, weight: Tensor, f: Tensor | None, up: int, down: int, padding: int) -> Tensor:
-    """The convolution with one weight for all samples, with its resampling."""
-    k = weight.shape[2]
-    taps = 0 if f is None else f.shape[0]
-    if x.numel() == 0 or weight.numel() == 0:
-        return x.new_zeros(x.shape[0], weight.shape[0], *output_size(x.shape[2:], k, taps, padding, up, down))
-    sides = filter_padding(k, taps, padding, up)
-    if up == 2:
-        return _resample(F.conv_transpose2d(x, _transposed_weight(weight), stride=2), f, sides, 4.0)
-    if down == 2:
-        return F.conv2d(_resample(x, f, sides, 1.0), weight, stride=2)
-    return F.conv2d(x, weight, padding=padding)
-
-
-def _winograd_pays(
-    x: Tensor, weight: Tensor, up: int, down: int, size: tuple[int, int], overhead: int = 12
-) -> bool:
-    """Whether Winograd's form is clearly faster: a float32 3x3 convolution with enough full tiles, on a CPU.
-
-    overhead: tiles that take about as long as what is done once, which is to transform the weights.
-    """
-    if x.device.type != "cpu" or x.dtype != torch.float32 or weight.shape[2] != 3 or up * down != 1:
-        return False
-    if min(weight.shape[:2]) < 16:
-        return False
-    tiles = x.shape[0] * -(-size[0] // 4) * -(-size[1] // 4)
-    return x.shape[0] * size[0] * size[1] >= 8 * (tiles + overhead)
-
-
-def _convolve_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, f: Tensor | None, up: int, down: int, padding: int, needed
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of _convolve in x, weight and f where `needed`, from differentiable ops."""
-    if x.numel() == 0 or weight.numel() == 0:
-        return torch.zeros_like(x), torch.zeros_like(weight), None if f is None else torch.zeros_like(f)
-    need_x, need_weight, need_f = needed
-    k = weight.shape[2]
-    sides = filter_padding(k, 0 if f is None else f.shape[0], padding, up)
-    grad_f = None
-
-    def convolution_backward(grad, x, weight, stride, padding, transposed, need_x):
-        if not (need_x or need_weight):
-            return None, None
-        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-            grad, x, weight, None, [stride] * 2, [padding] * 2, [1, 1], transposed, [0, 0], 1,
-            [need_x, need_weight, False],
-        )  # fmt: skip
-        return grad_x if need_x else None, grad_weight if need_weight else None
-
-    if up == 2:
-        size = [(length - 1) * 2 + k for length in x.shape[2:]]
-        if need_f:
-            z = F.conv_transpose2d(x, _transposed_weight(weight), stride=2)
-            grad_f = filter_gradient(grad, z, f, 1, 1, sides, False, 4.0)
-        grad_z = transposed(grad, f, size, 1, 1, sides, False, 4.0)
-        grad_x, grad_weight = convolution_backward(grad_z, x, _transposed_weight(weight), 2, 0, True, need_x)
-        return grad_x, None if grad_weight is None else _transposed_weight(grad_weight), grad_f
-    if down == 2:
-        z = _resample(x, f, sides, 1.0)
-        grad_z, grad_weight = convolution_backward(grad, z, weight, 2, 0, False, need_x or need_f)
-        if need_f:
-            grad_f = filter_gradient(grad_z, x, f, 1, 1, sides, False, 1.0)
-        grad_x = transposed(grad_z, f, x.shape[2:], 1, 1, sides, False, 1.0) if need_x else None
-        return grad_x, grad_weight, grad_f
-    grad_x = grad_weight = None
-    if need_x and padding <= 2 and _winograd_pays(grad, weight.transpose(0, 1), 1, 1, x.shape[2:]):
-        grad_x, need_x = _shared_convolution(grad, _transposed_weight(weight), 2 - padding), False
-    if need_weight and padding <= 2 and _winograd_pays(x, weight, 1, 1, grad.shape[2:], 64):
-        grad_weight, need_weight = _shared_weight_gradient(grad, x, padding), False
-    rest = convolution_backward(grad, x, weight, 1, padding, False, need_x)
-    return rest[0] if grad_x is None else grad_x, rest[1] if grad_weight is None else grad_weight, None
-
-
-def _shared_convolution(x: Tensor, weight: Tensor, padding: int) -> Tensor:
-    """conv2d, differentiable by the derivatives of this op."""
-    ones = x.new_ones(x.shape[:2])
-    y, _ = torch.ops.avatar_ops.modulated_conv2d(
-        x, weight, ones, None, None, None, False, 1, 1, padding, 1.0, 1.0, None, 0.0, False
-    )
-    return y
-
-
-def _shared_weight_gradient(grad: Tensor, x: Tensor, padding: int) -> Tensor:
-    return torch.ops.avatar_ops.modulated_conv2d_winograd_weight(grad.contiguous(), x.contiguous(), padding)
-
-
-def _energy(weight: Tensor, styles: Tensor, eps: float) -> Tensor:
-    """(B, O): the squared norm of each filter of each sample, plus eps."""
-    return styles.square() @ weight.square().sum((2, 3)).t() + eps
-
-
-def _per_channel(values: Tensor) -> Tensor:
-    return values.unsqueeze(-1).unsqueeze(-1)
-
-
-def _pixel_products(a: Tensor, b: Tensor) -> Tensor:
-    """(B, C): sums over the pixels of a * b, without that product in memory."""
-    return (a.flatten(2).unsqueeze(2) @ b.flatten(2).unsqueeze(3)).flatten(1)
+def _few_products(x: Tensor, weight: Tensor, styles: Tensor) -> Tensor:
+    """The convolution with a weight of 1x1 and few outputs, as toRGB's, without a scaled copy of x."""
+    z = x.new_empty(x.shape[0], weight.shape[0], *x.shape[2:])
+    for image, factors, target in zip(x.flatten(2), styles, z.flatten(2), strict=True):
+        torch.mm(weight.flatten(1) * factors, image, out=target)
+    return z
 
 
 # float16 and bfloat16 are widened on the way into the convolution, so nothing overflows between the
@@ -334,21 +240,27 @@ def composed(
     """The op as torch's convolution between the scalings, and the native epilogue; float64's on a GPU too."""
     dtype = _accumulate_dtype(x.dtype)
     weight, styles = weight.to(dtype).contiguous(), styles.to(dtype)
-    scale = _energy(weight, styles, eps).rsqrt() if demodulate else None
+    scale = _energy(filter_energy(weight), styles, eps).rsqrt() if demodulate else None
+    geometry = _geometry(weight.shape[2], f, padding, up, down)
     size = output_size(x.shape[2:], weight.shape[2], 0 if f is None else f.shape[0], padding, up, down)
     if noise is not None:
         noise = noise.to(dtype).expand(-1, -1, *size).contiguous()
     if bias is not None:
         bias = bias.to(dtype).contiguous()
-    if _winograd_pays(x, weight, up, down, size):
-        y = x.new_empty(x.shape[0], weight.shape[0], *size)
-        demodulated = torch.empty_like(y) if keep else None
+    if not small_pays(x, weight, geometry) and winograd_pays(x, weight, f, geometry, size):
+        y = torch.empty(x.shape[0], weight.shape[0], *size, dtype=dtype)
+        z = torch.empty_like(y) if keep else None
         torch.ops.avatar_ops.modulated_conv2d_winograd(
-            x.contiguous(), weight, styles.contiguous(), scale, noise, bias, y, demodulated, padding, slope, gain,
-            clamp,
+            x.to(dtype).contiguous(), weight, styles.contiguous(), scale, noise, bias, y, z,
+            None if f is None else f.contiguous(), *geometry, slope, gain, clamp,
         )  # fmt: skip
-        return y, demodulated if keep else x.new_empty(0)
-    z = _convolve(x.contiguous() * _per_channel(styles), weight, f, up, down, padding).contiguous()
+        return y.to(x.dtype), z.to(x.dtype) if keep else x.new_empty(0)
+    if small_pays(x, weight, geometry):
+        z = small_convolve(x.to(dtype), weight, styles, f, geometry, size)
+    elif weight.shape[2] == 1 and weight.shape[0] <= 8 and geometry == (1, 1, 0, False, 1.0):
+        z = _few_products(x.to(dtype).contiguous(), weight, styles)
+    else:
+        z = convolve(x.contiguous() * per_channel(styles), weight, f, geometry, size).contiguous()
     y = torch.empty_like(z) if keep else None
     torch.ops.avatar_ops.modulated_conv2d_epilogue(z, y, scale, noise, bias, slope, gain, clamp)
     if keep:
@@ -374,38 +286,10 @@ def _(convolution, output, scale, noise, bias, slope, gain, clamp):
     return None
 
 
-@torch.library.register_fake("avatar_ops::modulated_conv2d_winograd")
-def _(x, weight, styles, scale, noise, bias, y, demodulated, padding, slope, gain, clamp):
-    return None
-
-
-@torch.library.register_fake("avatar_ops::modulated_conv2d_winograd_weight")
-def _(grad, x, padding):
-    return x.new_empty(grad.shape[1], x.shape[1], 3, 3)
-
-
-def _setup_weight_context(ctx, inputs, output):
-    grad, x, ctx.padding = inputs
-    ctx.save_for_backward(grad, x)
-
-
-def _weight_backward(ctx, grad_weight):
-    grad, x = ctx.saved_tensors
-    need_grad, need_x, _ = ctx.needs_input_grad
-    grad_grad = _shared_convolution(x, grad_weight, ctx.padding) if need_grad else None
-    if not need_x:
-        return grad_grad, None, None
-    return grad_grad, _shared_convolution(grad, _transposed_weight(grad_weight), 2 - ctx.padding), None
-
-
-torch.library.register_autograd(
-    "avatar_ops::modulated_conv2d_winograd_weight", _weight_backward, setup_context=_setup_weight_context
-)
-
-
 def _setup_context(ctx, inputs, output):
     x, weight, styles, f, noise, bias, *ctx.options = inputs
     y, demodulated = output
+    ctx.tensors = tensor_inputs(inputs)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, weight, styles, f, noise, bias, y, demodulated)
 
@@ -423,18 +307,22 @@ def _gradient_dtype(x: Tensor) -> torch.dtype:
 def _backward(ctx, grad_y, grad_demodulated):
     x, weight, styles, f, noise, bias, y, demodulated = ctx.saved_tensors
     demodulate, up, down, padding, slope, gain, clamp, eps, keep = ctx.options
-    need_x, need_weight, need_styles, need_f, need_noise, need_bias = ctx.needs_input_grad[:6]
+    needed = reached_inputs(ctx, ctx.tensors)
+    need_x, need_weight, need_styles, need_f, need_noise, need_bias = needed[:6]
     in_dtype, dtype, wide = x.dtype, _gradient_dtype(x), _accumulate_dtype(x.dtype)
     grad_noise = grad_bias = None
     with torch.autocast(x.device.type, enabled=False):
         x, weight, styles = x.to(dtype), weight.to(wide), styles.to(wide)
-        factors = _per_channel(styles).to(dtype)
-        modulated, filters = x * factors, weight.to(dtype)
-        energy = _energy(weight, styles, eps) if demodulate else None
+        factors, filters = per_channel(styles).to(dtype), weight.to(dtype)
+        energies = filter_energy(weight) if demodulate else None
+        energy = _energy(energies, styles, eps) if demodulate else None
+        geometry = _geometry(weight.shape[2], f, padding, up, down)
         if not keep and (demodulate or _activation_needs_input(slope, gain, clamp)):
-            demodulated = _convolve(modulated, filters, f, up, down, padding)
+            taps = 0 if f is None else f.shape[0]
+            size = output_size(x.shape[2:], weight.shape[2], taps, padding, up, down)
+            demodulated = convolve(x * factors, filters, f, geometry, size)
             if demodulate:
-                demodulated = demodulated * _per_channel(energy.rsqrt()).to(dtype)
+                demodulated = demodulated * per_channel(energy.rsqrt()).to(dtype)
 
         grad = None if grad_demodulated is None else grad_demodulated.to(dtype)
         if grad_y is not None:
@@ -453,27 +341,40 @@ def _backward(ctx, grad_y, grad_demodulated):
         if grad is None:
             return (None,) * 15
 
-        grad_weight = grad_styles = None
+        # One pass over the images, where it is recorded for a derivative of its own, beats folding its factors
+        # into convolutions that then have none.
+        records = torch.is_grad_enabled()
+        scale = energy.rsqrt() if demodulate else None
+        grad_weight = grad_styles = grad_x = None
         if demodulate:
             if need_weight or need_styles:
                 # d rsqrt(energy) = -rsqrt(energy) / (2 energy) d energy, and demodulated holds the rsqrt.
-                grad_energy = -0.5 * _pixel_products(grad, demodulated.to(dtype)).to(wide) / energy
+                if records:
+                    (grad, products), scale = scale_and_sum(grad, demodulated.to(dtype), scale), None
+                else:
+                    products = pixel_products(grad, demodulated.to(dtype)).to(wide)
+                grad_energy = -0.5 * products / energy
             if need_weight:
                 per_filter = grad_energy.t() @ styles.square()
-                grad_weight = 2 * weight * _per_channel(per_filter)
+                grad_weight = 2 * weight * per_channel(per_filter)
             if need_styles:
-                grad_styles = 2 * styles * (grad_energy @ weight.square().sum((2, 3)))
-            grad = grad * _per_channel(energy.rsqrt()).to(dtype)
-        grad_modulated, through_weight, grad_f = _convolve_backward(
-            grad, modulated, filters, f, up, down, padding, (need_x or need_styles, need_weight, need_f)
-        )
+                grad_styles = 2 * styles * (grad_energy @ energies)
+        grad_modulated, through_weight, grad_f = convolve_backward(
+            grad, None if scale is None else scale.to(dtype), x, styles.to(dtype), filters, f, geometry,
+            (need_x or need_styles, need_weight, need_f),
+        )  # fmt: skip
         if need_weight:
             through_weight = through_weight.to(wide)
             grad_weight = through_weight if grad_weight is None else grad_weight + through_weight
         if need_styles:
-            through_styles = _pixel_products(grad_modulated, x).to(wide)
+            if need_x and records:
+                grad_x, through_styles = scale_and_sum(grad_modulated, x, styles)
+            else:
+                through_styles = pixel_products(grad_modulated, x).to(wide)
             grad_styles = through_styles if grad_styles is None else grad_styles + through_styles
-        grad_x = grad_modulated * factors if need_x else None
+        if need_x and grad_x is None:
+            # Memory that comes fresh from the system takes longer than the product.
+            grad_x = grad_modulated * factors if records else grad_modulated.mul_(factors)
     gradients = (grad_x, grad_weight, grad_styles, grad_noise, grad_bias if need_bias else None)
     grad_x, grad_weight, grad_styles, grad_noise, grad_bias = (
         None if t is None else t.to(in_dtype) for t in gradients

@@ -77,6 +77,7 @@ def test_modulated_conv2d_up(compare, run, suffix):
     run_case(compare, f"modulated_conv2d 256@64 -> 128@128 B={BATCH}{suffix}", run, tensors, up=2)
 
 
-def test_modulated_conv2d_down(compare):
+@pytest.mark.parametrize(("run", "suffix"), [(forward, ""), (forward_backward, " + backward")])
+def test_modulated_conv2d_down(compare, run, suffix):
     tensors = layer_tensors(128, 256, 128, 64)
-    run_case(compare, f"modulated_conv2d 128@128 -> 256@64 B={BATCH}", forward, tensors, down=2)
+    run_case(compare, f"modulated_conv2d 128@128 -> 256@64 B={BATCH}{suffix}", run, tensors, down=2)

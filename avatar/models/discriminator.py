@@ -23,13 +23,13 @@ class ResidualBlock(nn.Module):
         self.inputs, self.resolution = inputs, resolution
         self.first = EqualizedConv2d(inputs, inputs, 3, activation="lrelu")
         # Both branches are scaled by sqrt(1/2), which makes this gain sqrt(2) sqrt(1/2).
-        self.second = EqualizedConv2d(inputs, outputs, 3, stride=2, padding=0, activation="lrelu", gain=1.0)
+        self.second = EqualizedConv2d(inputs, outputs, 3, stride=2, activation="lrelu", gain=1.0)
         self.skip = EqualizedConv2d(inputs, outputs, 1, bias=False)
         self.register_buffer("filter", fir_filter(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         skip = self.skip(avatar_ops.upfirdn2d(x, self.filter, down=2, padding=1, gain=0.5**0.5))
-        return skip + self.second(avatar_ops.upfirdn2d(self.first(x), self.filter, padding=2))
+        return skip + self.second(self.first(x), self.filter)
 
     def macs(self) -> int:
         size = self.resolution

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import avatar_ops
+from avatar_ops.conv2d_act import conv2d_act
 
 
 class EqualizedLinear(nn.Module):
@@ -26,7 +27,8 @@ class EqualizedLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.linear(x, self.weight * (self.rate / self.weight.shape[1] ** 0.5))
+        # The same as scaled weights, of which there are more.
+        x = F.linear(x * (self.rate / self.weight.shape[1] ** 0.5), self.weight)
         return avatar_ops.bias_act(x, self.bias * self.rate, activation=self.activation)
 
     def macs(self) -> int:
@@ -62,10 +64,19 @@ class EqualizedConv2d(nn.Module):
         self.weight = nn.Parameter(torch.randn(outputs, inputs, kernel_size, kernel_size))
         self.register_parameter("bias", nn.Parameter(torch.zeros(outputs)) if bias else None)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, f: Tensor | None = None) -> Tensor:
+        """Applies the layer, one of stride 2 after the filter f (n,) where given, which sums to 1."""
         scale = self.weight[0].numel() ** -0.5
-        x = F.conv2d(x, self.weight * scale, stride=self.stride, padding=self.padding)
-        return avatar_ops.bias_act(x, self.bias, activation=self.activation, gain=self.gain)
+        return conv2d_act(
+            x,
+            self.weight * scale,
+            self.bias,
+            stride=self.stride,
+            padding=self.padding,
+            f=f,
+            activation=self.activation,
+            gain=self.gain,
+        )
 
     def macs(self, size: int) -> int:
         """Multiplications of one sample whose result is `size` by `size`."""

@@ -79,7 +79,7 @@ class ModulatedConv2d(nn.Module):
             raise ValueError(f"w: got {describe(w)}, expected (B, {self.style_dim})")
         if not torch.is_autocast_enabled(w.device.type):
             check_floating("w", w, like=self.affine_weight)
-        styles = F.linear(w, self.affine_weight / self.style_dim**0.5, self.affine_bias)
+        styles = F.linear(w / self.style_dim**0.5, self.affine_weight, self.affine_bias)
         # Demodulation cancels the scale of the weight.
         if not self.demodulate:
             styles = styles / (self.in_channels * self.kernel_size**2) ** 0.5

@@ -1,9 +1,8 @@
 #include <algorithm>
-#include <memory>
 #include <numeric>
 
 #include "common/tensor.h"
-#include "upfirdn2d/upfirdn2d_simd.h"
+#include "upfirdn2d/upfirdn2d_band_simd.h"
 
 namespace avatar {
 namespace {
@@ -37,133 +36,99 @@ struct Axis {
   int64_t num_phases() const { return static_cast<int64_t>(phases.size()); }
   // Outputs of the fullest phase.
   int64_t phase_size() const { return (size_out + num_phases() - 1) / num_phases(); }
-  const Phase& phase(int64_t output) const { return phases[output % num_phases()]; }
-  int64_t first_sample(int64_t output) const { return phase(output).first + output / num_phases() * step; }
+  // The first sample that the first outputs of the phases meet.
+  int64_t origin() const {
+    int64_t origin = phases[0].first;
+    for (const Phase& phase : phases) origin = std::min(origin, phase.first);
+    return origin;
+  }
+  // Steps from the first sample of an output to its last.
+  int64_t reach() const {
+    int64_t last = 0;
+    for (const Phase& phase : phases) last = std::max(last, phase.first + phase.count - 1 - origin());
+    return last / step;
+  }
 };
 
-// Filters rows [begin, end) of one output plane. An input row is split by the step of the horizontal axis, so
-// that every tap reads consecutive samples; outputs stay apart by phase until they are stored.
+// A plan and the lists of taps that it points to.
 template <typename T>
 class PlaneFilter {
  public:
   // taps: the filter, rows of taps_across; or its vertical part, with the horizontal one in separable_taps.
   PlaneFilter(const Axis& vertical, const Axis& horizontal, const std::vector<T>& taps,
-              const std::vector<T>& separable_taps, int64_t taps_across)
-      : vertical_(vertical),
-        horizontal_(horizontal),
-        taps_(taps.data()),
-        across_(separable_taps.data()),
-        taps_across_(taps_across),
-        separable_(!separable_taps.empty()),
-        phase_stride_(fir_padded(horizontal.phase_size())),
-        width_(phase_stride_ * horizontal.num_phases()),
-        origin_(std::numeric_limits<int64_t>::max()) {
-    int64_t last = 0, most_down = 0;
-    for (const Phase& phase : horizontal.phases) origin_ = std::min(origin_, phase.first);
-    for (const Phase& phase : horizontal.phases) {
-      last = std::max(last, phase.first + phase.count - origin_);
-      most_across_ = std::max(most_across_, phase.count);
-    }
-    for (const Phase& phase : vertical.phases) most_down = std::max(most_down, phase.count);
-    split_stride_ = phase_stride_ + last / horizontal.step + 1;
-    offsets_.resize(horizontal.num_phases() * most_across_);
-    for (int64_t r = 0; r < horizontal.num_phases(); ++r) {
-      for (int64_t j = 0; j < horizontal.phases[r].count; ++j) {
-        const int64_t offset = horizontal.phases[r].first + j - origin_;
-        offsets_[r * most_across_ + j] = offset % horizontal.step * split_stride_ + offset / horizontal.step;
+              const std::vector<T>& separable_taps, int64_t taps_across) {
+    // Positions of rows whose samples fit the first-level cache or nearly, but not so few that those which
+    // bands share weigh much.
+    constexpr int64_t kBandElements = 8192;
+    const int64_t step = vertical.step, phases = vertical.num_phases();
+    const int64_t stride = horizontal.phase_size() + horizontal.reach(), reach = vertical.reach();
+    const int64_t fitting = kBandElements / (step * step * stride);
+    const int64_t count = std::min(vertical.phase_size(), std::max(fitting, 2 * reach + 4));
+    const int64_t size = (count + reach) * stride, part = count * stride + kBandSlack;
+    plan_ = {vertical.size_in,
+             horizontal.size_in,
+             vertical.size_out,
+             horizontal.size_out,
+             phases,
+             step,
+             vertical.origin(),
+             horizontal.origin(),
+             stride,
+             reach,
+             size,
+             count,
+             !separable_taps.empty(),
+             nullptr,
+             nullptr,
+             nullptr,
+             nullptr};
+    down_starts_.push_back(0);
+    across_starts_.push_back(0);
+    for (int64_t q = 0; q < phases; ++q) {
+      if (plan_.separable) {
+        list(vertical, q, taps.data(), step * size, stride, 0, down_);
+        down_starts_.push_back(static_cast<int64_t>(down_.size()));
+        list(horizontal, q, separable_taps.data(), part, 1, 0, across_);
+        across_starts_.push_back(static_cast<int64_t>(across_.size()));
+        continue;
+      }
+      const Phase& phase = vertical.phases[q];
+      for (int64_t r = 0; r < phases; ++r) {
+        for (int64_t j = 0; j < phase.count; ++j) {
+          const int64_t sample = phase.first + j - vertical.origin();
+          const int64_t row = sample % step * step * size + sample / step * stride;
+          list(horizontal, r, taps.data() + (phase.first_tap - j * vertical.up) * taps_across, size, 1, row,
+               down_);
+        }
+        down_starts_.push_back(static_cast<int64_t>(down_.size()));
       }
     }
-    fir_taps_.resize(separable_ ? std::max(most_across_, most_down) : most_across_ * most_down);
-    sums_.reset(new T[width_]);
-    if (separable_) split_.reset(new T[split_stride_ * horizontal.step]);
+    plan_.down = down_.data();
+    plan_.down_starts = down_starts_.data();
+    plan_.across = across_.data();
+    plan_.across_starts = across_starts_.data();
   }
 
-  // Elements kept for each input row that a band of output rows needs.
-  int64_t row_elements() const { return separable_ ? width_ : split_stride_ * horizontal_.step; }
+  PlaneFilter(const PlaneFilter&) = delete;
 
-  void run(const T* input, T* output, int64_t begin, int64_t end) {
-    int64_t low = std::numeric_limits<int64_t>::max(), high = std::numeric_limits<int64_t>::min();
-    for (int64_t row = begin; row < end; ++row) {
-      const int64_t first = vertical_.first_sample(row);
-      low = std::min(low, first);
-      high = std::max(high, first + vertical_.phase(row).count);
-    }
-    low = std::clamp<int64_t>(low, 0, vertical_.size_in);
-    high = std::clamp<int64_t>(high, low, vertical_.size_in);
-    reserve((high - low) * row_elements());
-    for (int64_t row = low; row < high; ++row) {
-      prepare(input + row * horizontal_.size_in, rows_.get() + (row - low) * row_elements());
-    }
-    for (int64_t row = begin; row < end; ++row) {
-      const Phase& phase = vertical_.phase(row);
-      const int64_t first = vertical_.first_sample(row);
-      const int64_t from = std::clamp<int64_t>(low - first, 0, phase.count);
-      const int64_t to = std::clamp<int64_t>(high - first, from, phase.count);
-      const auto row_at = [&](int64_t j) { return rows_.get() + (first + j - low) * row_elements(); };
-      if (separable_) {
-        for (int64_t j = from; j < to; ++j) {
-          fir_taps_[j - from] = {row_at(j), taps_[phase.first_tap - j * vertical_.up]};
-        }
-        AVATAR_ISA_CALL(fir_row, fir_taps_.data(), to - from, sums_.get(), width_);
-      } else {
-        for (int64_t r = 0; r < horizontal_.num_phases(); ++r) {
-          FirTap<T>* next = fir_taps_.data();
-          for (int64_t j = from; j < to; ++j) {
-            const T* taps = taps_ + (phase.first_tap - j * vertical_.up) * taps_across_;
-            next = list_taps(r, taps, row_at(j), next);
-          }
-          AVATAR_ISA_CALL(fir_row, fir_taps_.data(), next - fir_taps_.data(), sums_.get() + r * phase_stride_,
-                          phase_stride_);
-        }
-      }
-      AVATAR_ISA_CALL(interleave, sums_.get(), phase_stride_, horizontal_.num_phases(),
-                      output + row * horizontal_.size_out, horizontal_.size_out);
-    }
-  }
+  const BandPlan<T>& plan() const { return plan_; }
 
  private:
-  void reserve(int64_t elements) {
-    if (elements <= reserved_) return;
-    rows_.reset(new T[elements]);
-    reserved_ = elements;
-  }
-
-  // The taps of horizontal phase r on a split row; the filter's row holds `taps`.
-  FirTap<T>* list_taps(int64_t r, const T* taps, const T* split, FirTap<T>* next) const {
-    const Phase& phase = horizontal_.phases[r];
-    const int64_t* offsets = offsets_.data() + r * most_across_;
+  // Appends the taps of a phase; samples of one place in a step lie `part` from those of the place before,
+  // successive samples of one place `next` from each other.
+  static void list(const Axis& axis, int64_t phase_number, const T* taps, int64_t part, int64_t next,
+                   int64_t offset, std::vector<BandTap<T>>& into) {
+    const Phase& phase = axis.phases[phase_number];
     for (int64_t j = 0; j < phase.count; ++j) {
-      *next++ = {split + offsets[j], taps[phase.first_tap - j * horizontal_.up]};
-    }
-    return next;
-  }
-
-  // An input row as run() reads it: split, and filtered across when the filter is separable.
-  void prepare(const T* row, T* target) {
-    T* split = separable_ ? split_.get() : target;
-    for (int64_t q = 0; q < horizontal_.step; ++q) {
-      AVATAR_ISA_CALL(deinterleave, row, horizontal_.size_in, origin_ + q, horizontal_.step,
-                      split + q * split_stride_, split_stride_);
-    }
-    if (!separable_) return;
-    for (int64_t r = 0; r < horizontal_.num_phases(); ++r) {
-      const FirTap<T>* end = list_taps(r, across_, split, fir_taps_.data());
-      AVATAR_ISA_CALL(fir_row, fir_taps_.data(), end - fir_taps_.data(), target + r * phase_stride_,
-                      phase_stride_);
+      const int64_t sample = phase.first + j - axis.origin();
+      into.push_back({offset + sample % axis.step * part + sample / axis.step * next,
+                      taps[phase.first_tap - j * axis.up]});
     }
   }
 
-  const Axis& vertical_;
-  const Axis& horizontal_;
-  const T* taps_;
-  const T* across_;
-  int64_t taps_across_;
-  bool separable_;
-  int64_t phase_stride_, width_, origin_, split_stride_, most_across_ = 0, reserved_ = 0;
-  // Where in a split row each tap of each horizontal phase reads for the first output.
-  std::vector<int64_t> offsets_;
-  std::vector<FirTap<T>> fir_taps_;
-  std::unique_ptr<T[]> sums_, split_, rows_;
+  BandPlan<T> plan_;
+  std::vector<BandTap<T>> down_, across_;
+  std::vector<int64_t> down_starts_, across_starts_;
 };
 
 // x (B, C, H, W); f (fh, fw) or separable (f,), reversed first where flip is set -> (B, C, H', W').
@@ -190,21 +155,21 @@ Tensor upfirdn2d_cpu(const Tensor& x_in, const Tensor& f_in, int64_t up, int64_t
     const std::vector<T> separable_taps = separable ? taps : std::vector<T>();
     for (T& tap : taps) tap *= static_cast<T>(gain);
 
-    // Bands of output rows whose input rows fit the second-level cache.
-    constexpr int64_t kBandElements = 32768;
-    const int64_t row_elements =
-        PlaneFilter<T>(vertical, horizontal, taps, separable_taps, taps_across).row_elements();
-    const int64_t fitting = std::max(kBandElements / row_elements * up / down, taps_down / down + 4);
-    const int64_t band = std::min(fitting, height_out);
-    const int64_t bands = (height_out + band - 1) / band;
-    const int64_t grain = std::max<int64_t>(1, 16384 / (band * width_out));
+    const PlaneFilter<T> filter(vertical, horizontal, taps, separable_taps, taps_across);
+    const BandPlan<T>& plan = filter.plan();
+    const int64_t positions = vertical.phase_size();
+    const T* input = const_data<T>(x);
+    T* output = mutable_data<T>(y);
+    const int64_t bands = (positions + plan.count - 1) / plan.count;
+    const int64_t grain = std::max<int64_t>(1, 16384 / (plan.count * plan.phases * width_out));
     torch::stable::parallel_for(0, planes * bands, grain, [&](int64_t begin, int64_t end) {
-      PlaneFilter<T> filter(vertical, horizontal, taps, separable_taps, taps_across);
+      // Zeros where nothing is written: sums may read there, for columns that are not kept.
+      std::vector<T> memory(band_memory(plan));
       for (int64_t task = begin; task < end; ++task) {
-        const int64_t plane = task / bands, first = task % bands * band;
-        filter.run(const_data<T>(x) + plane * height * width,
-                   mutable_data<T>(y) + plane * height_out * width_out, first,
-                   std::min(first + band, height_out));
+        const int64_t plane = task / bands, first = task % bands * plan.count;
+        AVATAR_ISA_CALL(fir_band, plan, input + plane * height * width,
+                        output + plane * height_out * width_out, first,
+                        std::min(plan.count, positions - first), memory.data());
       }
     });
   });

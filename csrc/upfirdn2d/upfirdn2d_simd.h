@@ -1,4 +1,4 @@
-// Inner loops of upfirdn2d, built once per instruction set.
+// A FIR filter along rows, built once per instruction set.
 #pragma once
 
 #include <cstdint>
@@ -21,19 +21,12 @@ struct FirTap {
 };
 
 // fir_row: target[m] = sum of coefficient * source[m] over the taps in order, for m < fir_padded(count).
-// deinterleave: target[m] = row[step * m + first] where that lies in [0, size), else 0, for m < count.
-// interleave: row[phases * m + r] = source[r * stride + m] for every position < size.
-#define AVATAR_DECLARE_TYPE(T)                                                                          \
-  void fir_row(const FirTap<T>* taps, int64_t num_taps, T* target, int64_t count);                      \
-  void deinterleave(const T* row, int64_t size, int64_t first, int64_t step, T* target, int64_t count); \
-  void interleave(const T* source, int64_t stride, int64_t phases, T* row, int64_t size);
-#define AVATAR_DECLARE(ISA)   \
-  namespace ISA {             \
-  AVATAR_DECLARE_TYPE(float)  \
-  AVATAR_DECLARE_TYPE(double) \
+#define AVATAR_DECLARE(ISA)                                                                  \
+  namespace ISA {                                                                            \
+  void fir_row(const FirTap<float>* taps, int64_t num_taps, float* target, int64_t count);   \
+  void fir_row(const FirTap<double>* taps, int64_t num_taps, double* target, int64_t count); \
   }
 AVATAR_FOR_EACH_ISA(AVATAR_DECLARE)
 #undef AVATAR_DECLARE
-#undef AVATAR_DECLARE_TYPE
 
 }  // namespace avatar

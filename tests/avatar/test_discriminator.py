@@ -63,6 +63,23 @@ def test_skip_branch_keeps_a_constant():
     torch.testing.assert_close(inside, torch.full_like(inside, 4 / 2 * 0.5**0.5))
 
 
+def test_compile_and_export():
+    discriminator = Discriminator(TINY, 8)
+    images = torch.rand(4, 3, 8, 8)
+    compiled = torch.compile(discriminator, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        expected = discriminator(images)
+        torch.testing.assert_close(compiled(images), expected)
+        exported = torch.export.export(discriminator, (images,)).module()
+        torch.testing.assert_close(exported(images), expected)
+    parameters = list(discriminator.parameters())
+
+    def gradients(network):
+        return torch.autograd.grad(network(images).square().sum(), parameters)
+
+    torch.testing.assert_close(gradients(compiled), gradients(discriminator))
+
+
 @pytest.mark.parametrize("size", [2, 12, 0])
 def test_rejects_sizes(size):
     with pytest.raises(ValueError, match=f"size: got {size}, expected 4"):

@@ -240,16 +240,30 @@ def test_rejects_inputs():
         alone(z, noise="white")
 
 
-def test_compile_and_export():
-    generator = tiny_generator(8, channel_max=4, mapping_layers=1, start=4)
+@pytest.mark.parametrize("condition", ["splat", "none"])
+def test_compile_and_export(condition):
+    generator = tiny_generator(8, channel_max=4, mapping_layers=1, start=4, condition=condition)
     for block in generator.blocks:
         torch.nn.init.normal_(block.to_rgb.weight)
-    z, buffers = make_inputs(generator)
+    inputs = make_inputs(generator)
     options = {"noise": "constant"}
     with torch.no_grad():
-        expected = generator(z, buffers, **options)
-        compiled = torch.compile(generator, backend="aot_eager", fullgraph=True)(z, buffers, **options)
-        exported = torch.export.export(generator, (z, buffers), options).module()(z, buffers, **options)
+        expected = generator(*inputs, **options)
+        compiled = torch.compile(generator, backend="aot_eager", fullgraph=True)(*inputs, **options)
+        exported = torch.export.export(generator, inputs, options).module()(*inputs, **options)
     for result in (compiled, exported):
         torch.testing.assert_close(result.image, expected.image)
         torch.testing.assert_close(result.features, expected.features)
+
+
+def test_compiles_with_its_backward_pass():
+    generator = tiny_generator(8, channel_max=4, mapping_layers=1, condition="none")
+    set_noise_strengths(generator, 0.5)
+    z, _ = make_inputs(generator)
+    parameters = list(generator.parameters())
+    compiled = torch.compile(generator, backend="aot_eager", fullgraph=True)
+
+    def gradients(network):
+        return torch.autograd.grad(network(z, noise="constant").image.square().sum(), parameters)
+
+    torch.testing.assert_close(gradients(compiled), gradients(generator))

@@ -1,0 +1,76 @@
+#include <algorithm>
+
+#include "common/tensor.h"
+#include "modulated_conv2d/modulated_conv2d_scale_simd.h"
+
+namespace avatar {
+namespace {
+
+template <typename Row>
+void for_each_row(int64_t rows, int64_t pixels, const Row& row) {
+  const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, pixels));
+  torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) row(r);
+  });
+}
+
+// images and others (B, C, H, W), factors (B, C) -> images times factors, and the sums (B, C) over pixels of
+// images * others.
+std::tuple<Tensor, Tensor> modulated_conv2d_scale_cpu(const Tensor& images_in, const Tensor& others_in,
+                                                      const Tensor& factors_in) {
+  const Tensor images = torch::stable::contiguous(images_in), others = torch::stable::contiguous(others_in);
+  const Tensor factors = torch::stable::contiguous(factors_in);
+  Tensor scaled = torch::stable::new_empty(images, images.sizes());
+  Tensor sums = torch::stable::new_empty(factors, factors.sizes());
+  const int64_t rows = factors.numel(), pixels = images.size(2) * images.size(3);
+  dispatch_compute(images.scalar_type(), "modulated_conv2d_scale", [&](auto zero) {
+    using T = decltype(zero);
+    const T *image = const_data<T>(images), *other = const_data<T>(others), *factor = const_data<T>(factors);
+    T *target = mutable_data<T>(scaled), *sum = mutable_data<T>(sums);
+    for_each_row(rows, pixels, [&](int64_t row) {
+      const int64_t first = row * pixels;
+      sum[row] =
+          AVATAR_ISA_CALL(scale_row, image + first, other + first, factor[row], target + first, pixels);
+    });
+  });
+  return {scaled, sums};
+}
+
+// The gradients of images, others and factors from those of both results.
+std::tuple<Tensor, Tensor, Tensor> modulated_conv2d_scale_backward_cpu(const Tensor& images_in,
+                                                                       const Tensor& others_in,
+                                                                       const Tensor& factors_in,
+                                                                       const Tensor& grad_scaled_in,
+                                                                       const Tensor& grad_sums_in) {
+  const Tensor images = torch::stable::contiguous(images_in), others = torch::stable::contiguous(others_in);
+  const Tensor factors = torch::stable::contiguous(factors_in);
+  const Tensor grad_scaled = torch::stable::contiguous(grad_scaled_in);
+  const Tensor grad_sums = torch::stable::contiguous(grad_sums_in);
+  Tensor grad_images = torch::stable::new_empty(images, images.sizes());
+  Tensor grad_others = torch::stable::new_empty(images, images.sizes());
+  Tensor grad_factors = torch::stable::new_empty(factors, factors.sizes());
+  const int64_t rows = factors.numel(), pixels = images.size(2) * images.size(3);
+  dispatch_compute(images.scalar_type(), "modulated_conv2d_scale_backward", [&](auto zero) {
+    using T = decltype(zero);
+    const T *image = const_data<T>(images), *other = const_data<T>(others), *factor = const_data<T>(factors);
+    const T *grad = const_data<T>(grad_scaled), *grad_sum = const_data<T>(grad_sums);
+    T *grad_image = mutable_data<T>(grad_images), *grad_other = mutable_data<T>(grad_others);
+    T* grad_factor = mutable_data<T>(grad_factors);
+    for_each_row(rows, pixels, [&](int64_t row) {
+      const int64_t first = row * pixels;
+      grad_factor[row] =
+          AVATAR_ISA_CALL(scale_backward_row, image + first, other + first, grad + first, factor[row],
+                          grad_sum[row], grad_image + first, grad_other + first, pixels);
+    });
+  });
+  return {grad_images, grad_others, grad_factors};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(avatar_ops, CPU, m) {
+  m.impl("modulated_conv2d_scale", TORCH_BOX(&modulated_conv2d_scale_cpu));
+  m.impl("modulated_conv2d_scale_backward", TORCH_BOX(&modulated_conv2d_scale_backward_cpu));
+}
+
+}  // namespace avatar
