@@ -199,6 +199,8 @@ def _override(config: Any, path: list[str], text: str, override: str) -> Any:
             raise AvatarError(
                 f"--set {override}: '{text}' does not fit {_describe(fields[path[0]])}"
             ) from None
+        if path[0].endswith("_every") and value < 1:
+            raise AvatarError(f"--set {override}: wants at least 1")
     return dataclasses.replace(config, **{path[0]: value})
 
 

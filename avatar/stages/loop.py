@@ -64,6 +64,8 @@ def run_stage(stage: Stage, reports: ReportConfig, folder: Path, should_stop: Ca
     found = latest_checkpoint(checkpoints, stage.name)
     if found:
         stage.restore(found)
+    elif stage.finished():
+        save(stage, checkpoints)  # a stage of no steps is what it starts from
     with Reporter(stage.name, folder, stage.steps_done) as report:
         while not stage.finished():
             if should_stop():

@@ -69,6 +69,13 @@ def copy_stages(source, target, stages):
         (target / "checkpoints" / path.name).write_bytes(path.read_bytes())
 
 
+def test_a_stage_of_no_steps_leaves_what_it_starts_from(undisturbed, config, frames, tmp_path):
+    none = replace(config, teacher_training=replace(config.teacher_training, epochs=0))
+    copy_stages(undisturbed, tmp_path, STAGES[:1])
+    TRAINERS["teacher"](none, embedded_head(), frames, tmp_path, CPU)
+    assert final(tmp_path, "teacher").step == 0
+
+
 @pytest.mark.parametrize("stage", STAGES[1:])
 def test_stopping_after_every_step_changes_nothing(stage, undisturbed, config, frames, tmp_path):
     copy_stages(undisturbed, tmp_path, STAGES[: STAGES.index(stage)])
