@@ -12,7 +12,7 @@ def ours(x, bias, clamp):
 
 
 def composed(x, bias, clamp):
-    y = F.leaky_relu(x + bias.view(1, -1, 1, 1), 0.2) * 2**0.5
+    y = F.leaky_relu(x + bias.view(1, -1, *[1] * (x.dim() - 2)), 0.2) * 2**0.5
     return y if clamp is None else y.clamp(-clamp, clamp)
 
 
@@ -29,12 +29,12 @@ def forward_backward(function, x, bias, clamp):
 
 @pytest.mark.parametrize("clamp", [None, 256.0])
 @pytest.mark.parametrize(("run", "suffix"), [(forward, ""), (forward_backward, " + backward")])
-@pytest.mark.parametrize(("channels", "size"), [(512, 16), (128, 128)])
-def test_bias_act(compare, channels, size, run, suffix, clamp):
-    x, bias = torch.randn(4, channels, size, size), torch.randn(channels)
+@pytest.mark.parametrize("shape", [(4, 512, 16, 16), (4, 128, 128, 128), (65536, 32)], ids=str)
+def test_bias_act(compare, shape, run, suffix, clamp):
+    x, bias = torch.randn(shape), torch.randn(shape[1])
     compiled = torch.compile(composed, dynamic=False)
     compare(
-        f"bias_act {channels}@{size}{' clamp' if clamp else ''}{suffix}",
+        f"bias_act {' x '.join(map(str, shape))}{' clamp' if clamp else ''}{suffix}",
         ours=lambda: run(ours, x, bias, clamp),
         peers={
             "torch eager": lambda: run(composed, x, bias, clamp),

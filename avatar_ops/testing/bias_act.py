@@ -70,6 +70,8 @@ CASES = [
     _case("many-samples", shape=(70, 3, 16)),
     _case("large-images", shape=(2, 3, 40, 64), clamp=1.5),
     _case("matrix", shape=(9, 4)),
+    _case("matrix-clamp", shape=(7, 35), clamp=0.9),
+    _case("matrix-tall", shape=(600, 5), gain=0.5),
     _case("sequence", shape=(2, 4, 33), bias=False),
     _case("volume", shape=(2, 2, 3, 4, 5)),
     _case("nan", make=_with_nan(_inputs(clamp=1.0))),

@@ -1,10 +1,7 @@
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
 
 #include "common/adjacency.h"
+#include "common/huge_pages.h"
 #include "knn/knn_index.h"
 
 namespace avatar {
@@ -49,19 +46,6 @@ void check_index(const KnnIndex& index, const Tensor& points, const Clouds& clou
   if (bad.found()) refuse();
 }
 
-// Rows are written in the tree's order, all over a fresh result: with small pages nearly every row of a large
-// one costs a page fault or a search of the page table.
-void advise_huge_pages(const Tensor& result) {
-#if defined(__linux__)
-  constexpr size_t kHugePage = size_t{1} << 21;
-  const size_t begin = reinterpret_cast<size_t>(result.data_ptr());
-  const size_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
-  const size_t last = (begin + result.numel() * result.element_size()) / kHugePage * kHugePage;
-  // Advice that is not taken does no harm.
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-}
-
 std::tuple<Tensor, Tensor> search(const KnnIndex& index, const Tensor& points, const Clouds& clouds,
                                   const std::optional<Tensor>& queries_in, int64_t k,
                                   const std::optional<Tensor>& query_lengths, bool exclude_self,
@@ -73,6 +57,7 @@ std::tuple<Tensor, Tensor> search(const KnnIndex& index, const Tensor& points, c
   const Clouds query_clouds = own_queries ? clouds : padded_clouds(queries, query_lengths, "query_lengths");
   Tensor distances = torch::stable::new_empty(points, {queries.size(0), queries.size(1), k});
   Tensor indices = torch::stable::new_empty(points, {queries.size(0), queries.size(1), k}, ScalarType::Long);
+  // Rows are written in the tree's order: with small pages nearly every row costs a search of the page table.
   advise_huge_pages(distances);
   advise_huge_pages(indices);
   search_index({index, points, clouds, queries, query_clouds, own_queries, exclude_self, k}, distances,

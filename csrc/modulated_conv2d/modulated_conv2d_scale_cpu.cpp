@@ -1,5 +1,6 @@
 #include <algorithm>
 
+#include "common/huge_pages.h"
 #include "common/tensor.h"
 #include "modulated_conv2d/modulated_conv2d_scale_simd.h"
 
@@ -21,6 +22,7 @@ std::tuple<Tensor, Tensor> modulated_conv2d_scale_cpu(const Tensor& images_in, c
   const Tensor images = torch::stable::contiguous(images_in), others = torch::stable::contiguous(others_in);
   const Tensor factors = torch::stable::contiguous(factors_in);
   Tensor scaled = torch::stable::new_empty(images, images.sizes());
+  advise_huge_pages(scaled);
   Tensor sums = torch::stable::new_empty(factors, factors.sizes());
   const int64_t rows = factors.numel(), pixels = images.size(2) * images.size(3);
   dispatch_compute(images.scalar_type(), "modulated_conv2d_scale", [&](auto zero) {
@@ -47,6 +49,7 @@ std::tuple<Tensor, Tensor, Tensor> modulated_conv2d_scale_backward_cpu(const Ten
   const Tensor grad_scaled = torch::stable::contiguous(grad_scaled_in);
   const Tensor grad_sums = torch::stable::contiguous(grad_sums_in);
   Tensor grad_images = torch::stable::new_empty(images, images.sizes());
+  advise_huge_pages(grad_images);
   Tensor grad_others = torch::stable::new_empty(images, images.sizes());
   Tensor grad_factors = torch::stable::new_empty(factors, factors.sizes());
   const int64_t rows = factors.numel(), pixels = images.size(2) * images.size(3);

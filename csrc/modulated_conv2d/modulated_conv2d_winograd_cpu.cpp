@@ -2,6 +2,7 @@
 #include <atomic>
 #include <limits>
 
+#include "common/huge_pages.h"
 #include "common/tensor.h"
 #include "modulated_conv2d/modulated_conv2d_winograd_simd.h"
 
@@ -218,6 +219,8 @@ void modulated_conv2d_winograd_cpu(const Tensor& x, const Tensor& weight, const 
                             {values.down.data(), values.across.data(),
                              taps ? static_cast<int64_t>(values.down.size()) / taps : 0, taps, before}};
   if (y.numel() == 0) return;
+  advise_huge_pages(y);
+  if (demodulated) advise_huge_pages(*demodulated);
   form == WinogradForm::up ? convolve_up(args, x) : convolve(args, x);
 }
 
