@@ -15,14 +15,23 @@ from avatar_ops.testing import (
 
 
 def _pool_inputs(
-    batch=2, points=40, channels=12, k=6, dims=3, widths=(9, 12), missing=0.2, offset=0.0, duplicates=False
+    batch=2,
+    points=40,
+    channels=12,
+    k=6,
+    dims=3,
+    widths=(9, 12),
+    missing=0.2,
+    offset=0.0,
+    duplicates=False,
+    spread=1.0,
 ):
     def inputs(generator, dtype):
         layers, columns = [], 3 * dims + 1
         for width in widths:
             layers.append((normal(generator, dtype, width, columns) / 2, normal(generator, dtype, width)))
             columns = width
-        positions = normal(generator, dtype, batch, points, dims)
+        positions = normal(generator, dtype, batch, points, dims) * spread
         if duplicates:
             positions[:, 1::2] = positions[:, ::2]
         if offset:
@@ -101,6 +110,7 @@ def _pool_case(id: str, negative_slope=0.2, single=False, **options) -> OpCase:
 CASES = [
     _pool_case("two-layers"),
     _pool_case("one-layer", single=True, channels=16, widths=(16,), k=16, missing=0.0),
+    _pool_case("near", single=True, channels=20, widths=(40,), k=16, spread=0.05),
     _pool_case("wide", channels=40, widths=(33, 24), k=9, negative_slope=0.0),
     _pool_case("deep", widths=(3, 8, 5, 7), negative_slope=1.0),
     _pool_case("many-neighbors", points=70, k=130),

@@ -42,6 +42,8 @@ class PositionTile {
   int64_t center(int64_t row) const { return centers()[row]; }
   int64_t neighbor(int64_t row) const { return neighbors()[row]; }
   int64_t edge(int64_t row) const { return indices_.get()[2 * capacity_ + row]; }
+  // p_i - p_j and |p_i - p_j|.
+  const T* code(int64_t row) const { return code_.row(row * mlp_.code_padded); }
   const int64_t* next_centers() const { return indices_.get() + 5 * capacity_ + 1; }
 
   void clear() { count_ = segments_ = 0; }

@@ -112,6 +112,16 @@ class PositionWeights {
         pack_panels<T>(dims, out, [&](int64_t d, int64_t o) { return at(0, o, d) + at(0, o, dims + d); });
     center_part_ = project_tensor<T>(points, out, both, layers_[0].bias);
     mlp_.center_part = const_data<T>(*center_part_);
+    if (depth_ == 1 && dims == 3) {
+      for (int64_t d = 0; d <= dims; ++d) {
+        for (int64_t o = 0; o < out; ++o) {
+          from_center_.push_back(at(0, o, 2 * dims + d) - (d < dims ? at(0, o, dims + d) : T(0)));
+          from_neighbor_.push_back(at(0, o, 2 * dims + d) + (d < dims ? at(0, o, d) : T(0)));
+        }
+      }
+      mlp_.from_center = from_center_.data();
+      mlp_.from_neighbor = from_neighbor_.data();
+    }
     to_neighbor_ = pack_panels<T>(out, mlp_.dims_padded, [&](int64_t o, int64_t d) {
       return d < dims ? at(0, o, dims + d) - at(0, o, 2 * dims + d) : T(0);
     });
@@ -212,7 +222,7 @@ class PositionWeights {
   std::vector<const T*> weight_data_;
   std::vector<PositionLayer<T>> layers_;
   std::vector<std::vector<T>> packed_;
-  std::vector<T> to_neighbor_;
+  std::vector<T> to_neighbor_, from_center_, from_neighbor_;
   std::optional<Tensor> center_part_, widened_points_;
 };
 

@@ -145,54 +145,54 @@ inline int64_t padded(int64_t columns) {
   return round_up(columns, kLanes<T>);
 }
 
-template <int kVectors, typename T, typename Init, typename Done>
+template <int kRows, int kVectors, typename T, typename Init, typename Done>
 __attribute__((always_inline)) inline void product_panel(int64_t row, int64_t column, int64_t depth,
                                                          const T* a, int64_t lda, const T* panel,
                                                          const Init& init, const Done& done) {
-  Vector<T> sum[kRowBlock][kVectors];
-  for (int r = 0; r < kRowBlock; ++r) {
+  Vector<T> sum[kRows][kVectors];
+  for (int r = 0; r < kRows; ++r) {
     for (int v = 0; v < kVectors; ++v) sum[r][v] = init(row + r, column + v * kLanes<T>);
   }
   a += row * lda;
   for (int64_t d = 0; d < depth; ++d) {
     Vector<T> b[kVectors];
     for (int v = 0; v < kVectors; ++v) b[v] = load(panel + (d * kVectors + v) * kLanes<T>);
-    for (int r = 0; r < kRowBlock; ++r) {
+    for (int r = 0; r < kRows; ++r) {
       const Vector<T> value = splat(a[r * lda + d]);
       for (int v = 0; v < kVectors; ++v) sum[r][v] += value * b[v];
     }
   }
-  for (int r = 0; r < kRowBlock; ++r) {
+  for (int r = 0; r < kRows; ++r) {
     for (int v = 0; v < kVectors; ++v) done(row + r, column + v * kLanes<T>, sum[r][v]);
   }
 }
 
-// One panel of columns from `column` on of init + a b for all rows, a multiple of kRowBlock; b is packed (see
+// One panel of columns from `column` on of init + a b for all rows, a multiple of kRows; b is packed (see
 // pack_panels). `init(row, column)` gives the vector to start from, `done(row, column, vector)` takes it:
 // best if they hold what they use by value, as stores might change what they refer to. Not inlined, as
 // constants of the code around it would take the registers of the sums.
-template <typename T, typename Init, typename Done>
+template <int kRows = kRowBlock, typename T, typename Init, typename Done>
 __attribute__((noinline)) void product_columns(int64_t rows, int64_t depth, int64_t column, int64_t columns,
                                                const T* a, int64_t lda, const T* packed, Init init,
                                                Done done) {
   const T* panel = packed + depth * column;
   if (columns - column >= kPanelVectors * kLanes<T>) {
-    for (int64_t row = 0; row < rows; row += kRowBlock) {
-      product_panel<kPanelVectors>(row, column, depth, a, lda, panel, init, done);
+    for (int64_t row = 0; row < rows; row += kRows) {
+      product_panel<kRows, kPanelVectors>(row, column, depth, a, lda, panel, init, done);
     }
   } else {
-    for (int64_t row = 0; row < rows; row += kRowBlock) {
-      product_panel<1>(row, column, depth, a, lda, panel, init, done);
+    for (int64_t row = 0; row < rows; row += kRows) {
+      product_panel<kRows, 1>(row, column, depth, a, lda, panel, init, done);
     }
   }
 }
 
 // All columns, a multiple of the vector's lanes.
-template <typename T, typename Init, typename Done>
+template <int kRows = kRowBlock, typename T, typename Init, typename Done>
 inline void product(int64_t rows, int64_t depth, int64_t columns, const T* a, int64_t lda, const T* packed,
                     const Init& init, const Done& done) {
   for (int64_t column = 0; column < columns; column += kPanelVectors * kLanes<T>) {
-    product_columns(rows, depth, column, columns, a, lda, packed, init, done);
+    product_columns<kRows>(rows, depth, column, columns, a, lda, packed, init, done);
   }
 }
 
@@ -248,15 +248,15 @@ inline void add_outer_packed(int64_t rows, const T* a, int64_t a_columns, int64_
   }
 }
 
-// c (rows, columns) += what add_outer_packed gathered.
+// c (columns, rows) += the transpose of what add_outer_packed gathered.
 template <typename T>
-inline void add_packed(int64_t rows, int64_t columns, const T* packed, T* c, int64_t ldc) {
+inline void add_packed_transposed(int64_t rows, int64_t columns, const T* packed, T* c, int64_t ldc) {
   constexpr int64_t kPanel = kPanelVectors * kLanes<T>;
   for (int64_t i = 0; i < rows; i += kOuterBlock<T>) {
     for (int64_t j = 0; j < columns;) {
       const int64_t width = columns - j >= kPanel ? kPanel : kLanes<T>;
       for (int64_t r = 0; r < kOuterBlock<T>; ++r) {
-        for (int64_t x = 0; x < width; ++x) c[(i + r) * ldc + j + x] += *packed++;
+        for (int64_t x = 0; x < width; ++x) c[(j + x) * ldc + i + r] += *packed++;
       }
       j += width;
     }

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "common/position_tile.h"
+#include "local_attention_pool/linear_channels.h"
 
 namespace avatar {
 namespace AVATAR_ISA {
@@ -74,6 +75,7 @@ template <typename T>
 int64_t pool_rows(const PoolArgs<T>& args, int64_t begin, int64_t end) {
   constexpr int64_t kPanel = kPanelVectors * kLanes<T>;
   PositionTile<T> tile(args.position, args.k);
+  LinearChannels<T> channels(args.position, args.position.from_center, tile);
   Scratch<T> panel(tile.capacity() * kPanel), largest(tile.capacity() * kPanel);
   T *scores = panel.get(), *most = largest.get();
   const int64_t* neighbors = tile.neighbors();
@@ -84,14 +86,19 @@ int64_t pool_rows(const PoolArgs<T>& args, int64_t begin, int64_t end) {
   };
   return walk_rows(tile, args.neighbors, args.k, args.cloud, begin, end, ahead, [&](int64_t, int64_t) {
     if (tile.count() > 0) tile.forward();
+    const bool linear = channels.find_each(tile);
+    const auto of_features = [=, features = args.scores, hidden = args.hidden](int64_t row, int64_t c) {
+      return load(features + neighbors[row] * hidden + c);
+    };
     for (int64_t column = 0; column < args.hidden; column += kPanel) {
-      product_columns(
-          tile.rows(), args.position.out_padded, column, args.hidden, tile.output(), args.position.out_padded,
-          args.position_weight,
-          [=, features = args.scores, hidden = args.hidden](int64_t row, int64_t c) {
-            return load(features + neighbors[row] * hidden + c);
-          },
-          [=](int64_t row, int64_t c, Vector<T> sum) { store(scores + row * kPanel + c - column, sum); });
+      if (linear) {
+        channels.scores(tile, args.position_weight, column, args.hidden, of_features, scores);
+      } else {
+        product_columns(
+            tile.rows(), args.position.out_padded, column, args.hidden, tile.output(),
+            args.position.out_padded, args.position_weight, of_features,
+            [=](int64_t row, int64_t c, Vector<T> sum) { store(scores + row * kPanel + c - column, sum); });
+      }
       const int64_t width = std::min(kPanel, args.hidden - column);
       if (width == kPanel) {
         soften<kPanelVectors>(tile, scores, kPanel, most);
@@ -164,15 +171,22 @@ void backward_points(const PoolBackwardArgs<T>& args, int64_t begin, int64_t end
   const int64_t hidden = pool.hidden, channels = pool.channels_padded, position = mlp.out_padded;
   // Rows a power of two apart would share few sets of the cache.
   const int64_t stride = hidden + kPanel;
-  PositionTile<T> tile(mlp, 0);
+  // Gradients by segments write less often where tiles are larger.
+  PositionTile<T> tile(mlp, mlp.from_neighbor ? 2 * kTileRows : 0);
   PointBlock<T> block(mlp);
   const int64_t capacity = tile.capacity();
   Scratch<T> panel(capacity * kPanel), score_gradients(capacity * stride);
   Scratch<T> gradient(capacity * mlp.widest), other(capacity * mlp.widest);
   Scratch<T> features(kPointBlock * channels), scores(kPointBlock * hidden);
   Scratch<T> score_sums(kPointBlock * hidden), feature_sums(kPointBlock * channels);
-  Scratch<T> position_outer(hidden * position);
-  std::fill_n(position_outer.get(), hidden * position, T(0));
+  Scratch<T> position_outer(position * hidden);
+  std::fill_n(position_outer.get(), position * hidden, T(0));
+  // Gradients of points want those of every edge's code.
+  const bool edges = args.incoming.edge_gradient;
+  LinearChannels<T> linear(mlp, edges ? nullptr : mlp.from_neighbor, tile);
+  constexpr int64_t kTerms = LinearChannels<T>::kTerms;
+  Scratch<T> score_terms(capacity * hidden), position_terms(capacity * position), code_sums(4 * position);
+  std::fill_n(code_sums.get(), 4 * position, T(0));
   T* dU = weights + args.score_gradient;
 
   const TileGradients<T> gradients{score_gradients.get(), stride, gradient.get(), score_sums.get(),
@@ -180,36 +194,50 @@ void backward_points(const PoolBackwardArgs<T>& args, int64_t begin, int64_t end
 
   const auto tile_backward = [&](int64_t first) {
     tile.forward();
+    const bool by_segments = linear.find_all(tile, first);
     for (int64_t column = 0; column < hidden; column += kPanel) {
-      product_columns(
-          tile.rows(), position, column, hidden, tile.output(), position, pool.position_weight,
-          [=, scores = scores.get(), neighbors = tile.neighbors(), next = tile.next_centers(),
-           statistics = args.statistics, grad = args.grad, pooled = args.pooled](int64_t row, int64_t c) {
-            if (c == column) {
-              const int64_t place = next[row] * hidden + c;
-              __builtin_prefetch(statistics + place);
-              __builtin_prefetch(grad + place);
-              __builtin_prefetch(pooled + place);
-            }
-            return load(scores + (neighbors[row] - first) * hidden + c);
-          },
-          [=, panel = panel.get()](int64_t row, int64_t c, Vector<T> sum) {
-            store(panel + row * kPanel + c - column, sum);
-          });
+      const auto of_features = [=, scores = scores.get(), neighbors = tile.neighbors(),
+                                next = tile.next_centers(), statistics = args.statistics, grad = args.grad,
+                                pooled = args.pooled](int64_t row, int64_t c) {
+        if (c == column) {
+          const int64_t place = next[row] * hidden + c;
+          __builtin_prefetch(statistics + place);
+          __builtin_prefetch(grad + place);
+          __builtin_prefetch(pooled + place);
+        }
+        return load(scores + (neighbors[row] - first) * hidden + c);
+      };
+      if (by_segments) {
+        linear.scores(tile, pool.position_weight, column, hidden, of_features, panel.get());
+      } else {
+        product_columns(tile.rows(), position, column, hidden, tile.output(), position, pool.position_weight,
+                        of_features, [=, panel = panel.get()](int64_t row, int64_t c, Vector<T> sum) {
+                          store(panel + row * kPanel + c - column, sum);
+                        });
+      }
       for (int64_t c = column; c < std::min(column + kPanel, hidden); c += kLanes<T>) {
         const auto unpool = c < channels ? unpool_column<true, T> : unpool_column<false, T>;
         unpool(args, tile, panel.get() + c - column, kPanel, c, gradients);
       }
     }
-    product(
-        tile.rows(), hidden, position, score_gradients.get(), stride, args.position_score,
-        [=, gradient = gradient.get()](int64_t row, int64_t c) {
-          return load(gradient + row * position + c);
-        },
-        [=, gradient = gradient.get()](int64_t row, int64_t c, Vector<T> sum) {
-          store(gradient + row * position + c, sum);
-        });
-    add_outer_packed(tile.count(), score_gradients.get(), hidden, stride, tile.output(), position, position,
+    const auto add_scores = [&](auto rows_at_once, int64_t rows, const T* a, int64_t lda, T* sums) {
+      product<decltype(rows_at_once)::value>(
+          rows, hidden, position, a, lda, args.position_score,
+          [=](int64_t row, int64_t c) { return load(sums + row * position + c); },
+          [=](int64_t row, int64_t c, Vector<T> sum) { store(sums + row * position + c, sum); });
+    };
+    if (by_segments) {
+      linear.sum_terms(tile, score_gradients.get(), stride, hidden, score_terms.get());
+      linear.sum_terms(tile, gradient.get(), position, position, position_terms.get());
+      add_scores(std::integral_constant<int, kTerms>(), kTerms * tile.segments(), score_terms.get(), hidden,
+                 position_terms.get());
+      linear.add_outer(tile, score_gradients.get(), stride, hidden, score_terms.get(), position_outer.get());
+      return linear.add_gradients(tile, gradient.get(), position_terms.get(), score_gradients.get(), stride,
+                                  hidden, pool.position_weight, block.sums(), code_sums.get());
+    }
+    add_scores(std::integral_constant<int, kRowBlock>(), tile.rows(), score_gradients.get(), stride,
+               gradient.get());
+    add_outer_packed(tile.count(), tile.output(), position, position, score_gradients.get(), hidden, stride,
                      position_outer.get());
     tile.backward(gradient.get(), other.get(), weights, block.sums(), block.gradients(),
                   args.incoming.edge_gradient);
@@ -245,7 +273,13 @@ void backward_points(const PoolBackwardArgs<T>& args, int64_t begin, int64_t end
           if (row < count) store(target, load(target) + sum);
         });
   }
-  add_packed(hidden, position, position_outer.get(), dU + channels, hidden);
+  add_packed_transposed(position, hidden, position_outer.get(), dU + channels, hidden);
+  if (mlp.depth != 1 || mlp.dims != 3) return;
+  const PositionLayer<T>& layer = mlp.layers[0];
+  for (int64_t p = 0; p < position; ++p) {
+    for (int64_t d = 0; d < 4; ++d)
+      weights[layer.gradient + p * layer.in + d] += code_sums.get()[d * position + p];
+  }
 }
 
 }  // namespace

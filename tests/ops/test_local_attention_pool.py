@@ -91,6 +91,56 @@ def test_local_attention_pool_is_as_accurate_far_from_the_origin(isa):
     torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("slope", [0.0, 0.2, 1.0])
+@pytest.mark.parametrize("spread", [0.01, 0.1, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_local_attention_pool_of_near_neighbors(dtype, spread, slope, isa):
+    """The nearer neighbours are, the fewer channels of the position code change their sign between them."""
+    shape = {"points": 150, "channels": 24, "k": 18, "widths": (40,), "missing": 0.1}
+    values = inputs(dtype, spread=spread, **shape)
+    leaves = [
+        values["features"],
+        values["score_weight"],
+        *values["position_weight"],
+        *values["position_bias"],
+    ]
+
+    def derivatives(function, values, leaves):
+        pooled = function(**values, negative_slope=slope)
+        weights = torch.linspace(-1, 1, pooled.numel(), dtype=pooled.dtype).view(pooled.shape)
+        return pooled, *torch.autograd.grad(pooled, leaves, weights)
+
+    for leaf in leaves:
+        leaf.requires_grad_()
+    wide = map_tensors(values, lambda t: t.detach().double() if t.is_floating_point() else t)
+    wide_leaves = [wide["features"], wide["score_weight"], *wide["position_weight"], *wide["position_bias"]]
+    for leaf in wide_leaves:
+        leaf.requires_grad_()
+    actual = derivatives(avatar_ops.local_attention_pool, values, leaves)
+    expected = derivatives(reference.local_attention_pool, wide, wide_leaves)
+    tolerance = 3e-5 if dtype == torch.float32 else 1e-12
+    for a, e in zip(actual, expected, strict=True):
+        assert (a.double() - e).norm() <= tolerance * e.norm()
+
+
+def test_local_attention_pool_of_near_neighbors_has_the_same_bits_for_any_number_of_threads(isa):
+    values = inputs(torch.float32, points=700, channels=24, k=16, widths=(40,), spread=0.1)
+    leaves = [values["features"].requires_grad_(), values["score_weight"].requires_grad_()]
+
+    def run(threads):
+        torch.set_num_threads(threads)
+        pooled = avatar_ops.local_attention_pool(**values)
+        return pooled, *torch.autograd.grad(pooled.square().sum(), leaves)
+
+    before = torch.get_num_threads()
+    try:
+        results = [run(threads) for threads in (1, 2, 3)]
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
 def test_local_attention_pool_takes_one_layer_with_or_without_a_list():
     values = inputs(widths=(7,))
     alone = {
