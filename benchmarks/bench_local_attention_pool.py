@@ -1,5 +1,7 @@
 """local_attention_pool against plain PyTorch, its compilation and PyTorch Geometric."""
 
+import math
+
 import peers_local_attention_pool
 import pytest
 import torch
@@ -10,17 +12,24 @@ SIZES = [(65_536, 32), (65_536, 64), (16_384, 128), (4096, 256)]
 K = 16
 
 
+def scan(count):
+    """Points on a wavy sphere in the order of a scan: along a spiral."""
+    turn = torch.arange(count) + 0.5
+    height = 1 - 2 * turn / count
+    ring, angle = (1 - height.square()).sqrt(), turn * math.pi * (1 + 5**0.5)
+    direction = torch.stack([ring * angle.cos(), ring * angle.sin(), height], -1)
+    return direction * (1 + 0.2 * torch.sin(5 * height.unsqueeze(1)))
+
+
 def inputs(points, width):
-    """A cloud on a surface in scan order, its neighbours near in that order, and layers of `width`."""
-    angle = torch.linspace(0, 200, points)
-    height = torch.linspace(-1, 1, points)
-    cloud = torch.stack([angle.cos(), angle.sin(), height], -1)
-    window = torch.randint(-2048, 2048, (points, K)) + torch.arange(points).unsqueeze(1)
+    """A scanned surface with its nearest neighbours, and layers of `width`."""
+    cloud = scan(points)
+    neighbors = avatar_ops.knn(cloud, K).indices
     half = width // 2
     return (
         cloud,
         torch.randn(points, half),
-        window.clamp(0, points - 1),
+        neighbors,
         torch.randn(half, 10) / 3,
         torch.randn(half),
         torch.randn(width, width) / width**0.5,

@@ -8,9 +8,11 @@ import peers_randlanet
 import pytest
 import torch
 from bench_knn import surface
+from bench_local_attention_pool import scan
 
 from avatar.config import PointFeaturesConfig
 from avatar.models.point_features import RandLANet, build_pyramid
+from avatar_ops import knn
 from avatar_ops.nn import LocalFeatureAggregation
 
 # The graph of the EdgeConv layers, which are not measured, is that of the few points of the last level.
@@ -69,9 +71,8 @@ def test_block_training(compare, count, inputs, outputs):
     """Batch statistics over all edges, forward and backward."""
     block = LocalFeatureAggregation(inputs, outputs)
     literal = peers_randlanet.Block(block)
-    points, features = surface(count), torch.randn(count, inputs)
-    neighbors = torch.randint(-2048, 2048, (count, 16)) + torch.arange(count).unsqueeze(1)
-    neighbors = neighbors.clamp(0, count - 1)
+    points, features = scan(count), torch.randn(count, inputs)
+    neighbors = knn(points, 16).indices
     leaves = list(block.parameters())
 
     def step(function):

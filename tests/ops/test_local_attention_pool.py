@@ -123,7 +123,7 @@ def test_local_attention_pool_of_near_neighbors(dtype, spread, slope, isa):
         assert (a.double() - e).norm() <= tolerance * e.norm()
 
 
-def test_local_attention_pool_of_near_neighbors_has_the_same_bits_for_any_number_of_threads(isa):
+def test_local_attention_pool_of_near_neighbors_has_same_bits_for_any_thread_count(isa):
     values = inputs(torch.float32, points=700, channels=24, k=16, widths=(40,), spread=0.1)
     leaves = [values["features"].requires_grad_(), values["score_weight"].requires_grad_()]
 
