@@ -22,12 +22,14 @@ AVATAR_EXPORT void set_isa(const std::string& name);
 // A header `<op>_simd.h` declares its functions once, inside this, for every instruction set.
 #if defined(AVATAR_X86_ISAS)
 #define AVATAR_FOR_EACH_ISA(DECLARE) DECLARE(baseline) DECLARE(avx2) DECLARE(avx512)
-// Calls `function(...)` of the instruction set in use. Decide once, outside parallel loops, where it matters.
-#define AVATAR_ISA_CALL(function, ...)                                              \
-  (::avatar::current_isa() == ::avatar::Isa::avx512 ? avx512::function(__VA_ARGS__) \
-   : ::avatar::current_isa() == ::avatar::Isa::avx2 ? avx2::function(__VA_ARGS__)   \
-                                                    : baseline::function(__VA_ARGS__))
+// Calls `function(...)` of an instruction set.
+#define AVATAR_ISA_CALL_OF(isa, function, ...)                    \
+  ((isa) == ::avatar::Isa::avx512 ? avx512::function(__VA_ARGS__) \
+   : (isa) == ::avatar::Isa::avx2 ? avx2::function(__VA_ARGS__)   \
+                                  : baseline::function(__VA_ARGS__))
 #else
 #define AVATAR_FOR_EACH_ISA(DECLARE) DECLARE(baseline)
-#define AVATAR_ISA_CALL(function, ...) baseline::function(__VA_ARGS__)
+#define AVATAR_ISA_CALL_OF(isa, function, ...) ((void)(isa), baseline::function(__VA_ARGS__))
 #endif
+// The same of the one in use. Decide once, outside parallel loops, where it matters.
+#define AVATAR_ISA_CALL(function, ...) AVATAR_ISA_CALL_OF(::avatar::current_isa(), function, __VA_ARGS__)

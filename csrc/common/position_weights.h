@@ -13,76 +13,85 @@
 
 namespace avatar {
 
-// Widths are padded to vectors of this many bytes, as in tile_product.h.
-inline int64_t vector_bytes() {
-  return current_isa() == Isa::avx512 ? 64 : current_isa() == Isa::avx2 ? 32 : 16;
-}
-
+// How tiles of some widths are padded and packed for an instruction set.
 template <typename T>
-int64_t padded_width(int64_t width) {
-  const int64_t lanes = vector_bytes() / static_cast<int64_t>(sizeof(T));
-  return (width + lanes - 1) / lanes * lanes;
-}
+struct TileLayout {
+  Isa isa;
 
-// A (depth, columns) matrix in panels of two vectors' width, each (depth, width); `columns` is padded.
-template <typename T, typename Value>
-std::vector<T> pack_panels(int64_t depth, int64_t columns, const Value& value) {
-  std::vector<T> packed(depth * columns);
-  const int64_t panel = 2 * vector_bytes() / static_cast<int64_t>(sizeof(T));
-  T* target = packed.data();
-  for (int64_t first = 0; first < columns; first += panel) {
-    const int64_t last = std::min(first + panel, columns);
-    for (int64_t d = 0; d < depth; ++d) {
-      for (int64_t c = first; c < last; ++c) *target++ = value(d, c);
+  // The instruction set in use, but shorter vectors where those of AVX-512 would hold padding instead of
+  // more.
+  static TileLayout of(const std::vector<int64_t>& widths) {
+    const TileLayout longer{current_isa()}, shorter{Isa::avx2};
+    int64_t vectors = 0;
+    for (const int64_t width : widths) {
+      vectors += shorter.padded(width) / shorter.lanes() - longer.padded(width) / longer.lanes();
     }
+    return longer.isa == Isa::avx512 && vectors <= 0 ? shorter : longer;
   }
-  return packed;
-}
 
-// rows (rows, sum of widths) with every part padded; the tensor itself where nothing is to pad.
-template <typename T>
-Tensor pad_parts(const Tensor& rows, const std::vector<int64_t>& widths) {
-  const int64_t count = rows.size(0);
-  int64_t width = 0, wide = 0;
-  for (const int64_t part : widths) width += part, wide += padded_width<T>(part);
-  if (width == wide) return rows;
-  Tensor padded = torch::stable::new_zeros(rows, {count, wide});
-  const T* from = const_data<T>(rows);
-  T* to = mutable_data<T>(padded);
-  torch::stable::parallel_for(0, count, 4096, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const T* source = from + row * width;
-      T* target = to + row * wide;
-      for (const int64_t part : widths) {
-        std::copy_n(source, part, target);
-        source += part;
-        target += padded_width<T>(part);
+  // As in tile_product.h.
+  int64_t lanes() const {
+    return (isa == Isa::avx512 ? 64 : isa == Isa::avx2 ? 32 : 16) / static_cast<int64_t>(sizeof(T));
+  }
+  int64_t padded(int64_t width) const { return (width + lanes() - 1) / lanes() * lanes(); }
+
+  // A (depth, columns) matrix in panels of two vectors' width, each (depth, width); `columns` is padded.
+  template <typename Value>
+  std::vector<T> pack(int64_t depth, int64_t columns, const Value& value) const {
+    std::vector<T> packed(depth * columns);
+    T* target = packed.data();
+    for (int64_t first = 0; first < columns; first += 2 * lanes()) {
+      const int64_t last = std::min(first + 2 * lanes(), columns);
+      for (int64_t d = 0; d < depth; ++d) {
+        for (int64_t c = first; c < last; ++c) *target++ = value(d, c);
       }
     }
-  });
-  return padded;
-}
+    return packed;
+  }
 
-// (rows, columns) = a (rows, depth) times packed b.
-template <typename T>
-Tensor project_tensor(const Tensor& a, int64_t columns, const std::vector<T>& packed, const T* bias) {
-  const int64_t rows = a.size(0), depth = a.size(1);
-  Tensor target = torch::stable::new_empty(a, {rows, columns});
-  const int64_t grain = std::max<int64_t>(64, 65536 / std::max<int64_t>(1, depth * columns));
-  torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
-    AVATAR_ISA_CALL(project_rows, end - begin, depth, columns, const_data<T>(a) + begin * depth,
-                    packed.data(), bias, mutable_data<T>(target) + begin * columns);
-  });
-  return target;
-}
+  // rows (rows, sum of widths) with every part padded; the tensor itself where nothing is to pad.
+  Tensor pad_parts(const Tensor& rows, const std::vector<int64_t>& widths) const {
+    const int64_t count = rows.size(0);
+    int64_t width = 0, wide = 0;
+    for (const int64_t part : widths) width += part, wide += padded(part);
+    if (width == wide) return rows;
+    Tensor result = torch::stable::new_zeros(rows, {count, wide});
+    const T* from = const_data<T>(rows);
+    T* to = mutable_data<T>(result);
+    torch::stable::parallel_for(0, count, 4096, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        const T* source = from + row * width;
+        T* target = to + row * wide;
+        for (const int64_t part : widths) {
+          std::copy_n(source, part, target);
+          source += part;
+          target += padded(part);
+        }
+      }
+    });
+    return result;
+  }
+
+  // (rows, columns) = a (rows, depth) times packed b.
+  Tensor project(const Tensor& a, int64_t columns, const std::vector<T>& packed, const T* bias) const {
+    const int64_t rows = a.size(0), depth = a.size(1);
+    Tensor target = torch::stable::new_empty(a, {rows, columns});
+    const int64_t grain = std::max<int64_t>(64, 65536 / std::max<int64_t>(1, depth * columns));
+    torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
+      AVATAR_ISA_CALL_OF(isa, project_rows, end - begin, depth, columns, const_data<T>(a) + begin * depth,
+                         packed.data(), bias, mutable_data<T>(target) + begin * columns);
+    });
+    return target;
+  }
+};
 
 // The position network of points (rows, dims): owns what its PositionMlp points to.
 template <typename T>
 class PositionWeights {
  public:
-  PositionWeights(const Tensor& points, const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
-                  double slope)
-      : points_(points), depth_(weights.size()) {
+  PositionWeights(const TileLayout<T>& layout, const Tensor& points, const std::vector<Tensor>& weights,
+                  const std::vector<Tensor>& biases, double slope)
+      : layout_(layout), points_(points), depth_(weights.size()) {
     const int64_t dims = points.size(1);
     mlp_.points = const_data<T>(points);
     mlp_.dims = mlp_.point_stride = dims;
@@ -91,11 +100,11 @@ class PositionWeights {
       widened_points_ = widen(points);
       mlp_.points = const_data<T>(*widened_points_);
     }
-    mlp_.dims_padded = padded_width<T>(dims);
-    mlp_.code_padded = padded_width<T>(dims + 1);
+    mlp_.dims_padded = layout_.padded(dims);
+    mlp_.code_padded = layout_.padded(dims + 1);
     mlp_.depth = depth_;
     mlp_.slope = static_cast<T>(slope);
-    mlp_.out_padded = mlp_.hidden_sum = mlp_.widest = padded_width<T>(3 * dims + 1);
+    mlp_.out_padded = mlp_.hidden_sum = mlp_.widest = layout_.padded(3 * dims + 1);
     if (depth_ == 0) return;
     mlp_.hidden_sum = 0;
     mlp_.widest = mlp_.code_padded;
@@ -109,8 +118,8 @@ class PositionWeights {
     mlp_.out_padded = layers_.back().out;
     const int64_t out = layers_[0].out;
     const auto both =
-        pack_panels<T>(dims, out, [&](int64_t d, int64_t o) { return at(0, o, d) + at(0, o, dims + d); });
-    center_part_ = project_tensor<T>(points, out, both, layers_[0].bias);
+        layout_.pack(dims, out, [&](int64_t d, int64_t o) { return at(0, o, d) + at(0, o, dims + d); });
+    center_part_ = layout_.project(points, out, both, layers_[0].bias);
     mlp_.center_part = const_data<T>(*center_part_);
     if (depth_ == 1 && dims == 3) {
       for (int64_t d = 0; d <= dims; ++d) {
@@ -122,7 +131,7 @@ class PositionWeights {
       mlp_.from_center = from_center_.data();
       mlp_.from_neighbor = from_neighbor_.data();
     }
-    to_neighbor_ = pack_panels<T>(out, mlp_.dims_padded, [&](int64_t o, int64_t d) {
+    to_neighbor_ = layout_.pack(out, mlp_.dims_padded, [&](int64_t o, int64_t d) {
       return d < dims ? at(0, o, dims + d) - at(0, o, 2 * dims + d) : T(0);
     });
     mlp_.to_neighbor = to_neighbor_.data();
@@ -171,18 +180,18 @@ class PositionWeights {
   }
 
   void add_layer(int64_t l) {
-    const int64_t dims = mlp_.dims, true_out = weights_[l].size(0), out = padded_width<T>(true_out);
+    const int64_t dims = mlp_.dims, true_out = weights_[l].size(0), out = layout_.padded(true_out);
     const int64_t in = l == 0 ? mlp_.code_padded : layers_[l - 1].out;
     if (l == 0) {
-      packed_.push_back(pack_panels<T>(dims + 1, out, [&](int64_t d, int64_t o) {
+      packed_.push_back(layout_.pack(dims + 1, out, [&](int64_t d, int64_t o) {
         return at(0, o, 2 * dims + d) - (d < dims ? at(0, o, dims + d) : T(0));
       }));
-      packed_.push_back(pack_panels<T>(out, in, [&](int64_t o, int64_t d) {
+      packed_.push_back(layout_.pack(out, in, [&](int64_t o, int64_t d) {
         return d < dims ? at(0, o, d) + at(0, o, 2 * dims + d) : d == dims ? at(0, o, 3 * dims) : T(0);
       }));
     } else {
-      packed_.push_back(pack_panels<T>(in, out, [&](int64_t i, int64_t o) { return at(l, o, i); }));
-      packed_.push_back(pack_panels<T>(out, in, [&](int64_t o, int64_t i) { return at(l, o, i); }));
+      packed_.push_back(layout_.pack(in, out, [&](int64_t i, int64_t o) { return at(l, o, i); }));
+      packed_.push_back(layout_.pack(out, in, [&](int64_t o, int64_t i) { return at(l, o, i); }));
     }
     std::vector<T> bias(out, T(0));
     std::copy_n(const_data<T>(biases_[l]), true_out, bias.begin());
@@ -215,6 +224,7 @@ class PositionWeights {
 
   int64_t reserve(int64_t count) { return std::exchange(gradient_size_, gradient_size_ + count); }
 
+  const TileLayout<T> layout_;
   PositionMlp<T> mlp_{};
   Tensor points_;
   int64_t depth_, gradient_size_ = 0;

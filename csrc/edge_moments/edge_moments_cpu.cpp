@@ -24,7 +24,8 @@ std::tuple<Tensor, Tensor, Tensor> edge_moments_cpu(const Tensor& points_in, con
   FirstBad bad;
   dispatch_compute(points.scalar_type(), "edge_moments", [&](auto zero) {
     using T = decltype(zero);
-    const PositionWeights<T> position(points, weight, bias, negative_slope);
+    const TileLayout<T> layout{current_isa()};
+    const PositionWeights<T> position(layout, points, weight, bias, negative_slope);
     const EdgeMomentsArgs<T> args{position.mlp(), const_data<int64_t>(neighbors), k, cloud};
     const int64_t width = args.position.out_padded, size = width * (width + 1);
     // Blocks of rows do not depend on the number of threads, nor does the order in which they are merged.
@@ -78,14 +79,15 @@ std::tuple<Tensor, std::vector<Tensor>> edge_moments_backward_cpu(
     FirstBad bad;
     bad.report(first_bad_neighbor(const_data<int64_t>(neighbors), batch * cloud * neighbors.size(2), cloud));
     raise_bad_neighbor(bad, "edge_moments_backward", neighbors, cloud);
-    const PositionWeights<T> position(points, weight, bias, negative_slope);
+    const TileLayout<T> layout{current_isa()};
+    const PositionWeights<T> position(layout, points, weight, bias, negative_slope);
     const int64_t width = position.mlp().out_padded;
     std::vector<T> mean(width, T(0)), constant(width, T(0));
     for (int64_t i = 0; i < channels; ++i) {
       mean[i] = static_cast<T>(mean_of[i]);
       constant[i] = static_cast<T>(by_mean[i] / count);
     }
-    const auto slope = pack_panels<T>(width, width, [&](int64_t i, int64_t j) {
+    const auto slope = layout.pack(width, width, [&](int64_t i, int64_t j) {
       if (i >= channels || j >= channels) return T(0);
       return static_cast<T>((by_covariance[i * channels + j] + by_covariance[j * channels + i]) / count);
     });

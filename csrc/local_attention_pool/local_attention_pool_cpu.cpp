@@ -14,6 +14,7 @@ Tensor flat(const Tensor& tensor) {
 // Packed inputs shared by forward and backward.
 template <typename T>
 struct Pool {
+  const TileLayout<T> layout;
   const int64_t channels, position_channels, channels_padded, position_padded, hidden;
   const Tensor points, features, neighbors, score_weight;
   const T* scores;  // those of score_weight
@@ -23,22 +24,28 @@ struct Pool {
   Pool(const Tensor& points_in, const Tensor& features_in, const Tensor& neighbors_in,
        const std::vector<Tensor>& weights, const std::vector<Tensor>& biases, const Tensor& score_weight_in,
        double slope)
-      : channels(features_in.size(2)),
+      : layout(TileLayout<T>::of(widths(features_in, weights))),
+        channels(features_in.size(2)),
         position_channels(weights.back().size(0)),
-        channels_padded(padded_width<T>(channels)),
-        position_padded(padded_width<T>(position_channels)),
+        channels_padded(layout.padded(channels)),
+        position_padded(layout.padded(position_channels)),
         hidden(channels_padded + position_padded),
         points(flat(to_compute(points_in))),
-        features(pad_parts<T>(flat(to_compute(features_in)), {channels})),
+        features(layout.pad_parts(flat(to_compute(features_in)), {channels})),
         neighbors(torch::stable::contiguous(neighbors_in)),
         score_weight(to_compute(score_weight_in)),
         scores(const_data<T>(score_weight)),
-        position(points, weights, biases, slope) {
-    feature_weight = pack_panels<T>(channels_padded, hidden, [&](int64_t c, int64_t q) { return at(q, c); });
-    position_weight = pack_panels<T>(position_padded, hidden,
-                                     [&](int64_t p, int64_t q) { return at(q, channels_padded + p); });
+        position(layout, points, weights, biases, slope) {
+    feature_weight = layout.pack(channels_padded, hidden, [&](int64_t c, int64_t q) { return at(q, c); });
+    position_weight = layout.pack(position_padded, hidden,
+                                  [&](int64_t p, int64_t q) { return at(q, channels_padded + p); });
   }
 
+  static std::vector<int64_t> widths(const Tensor& features, const std::vector<Tensor>& weights) {
+    std::vector<int64_t> result{features.size(2)};
+    for (const Tensor& weight : weights) result.push_back(weight.size(0));
+    return result;
+  }
   // The place of a padded hidden channel in the unpadded ones, or -1.
   int64_t channel(int64_t padded) const {
     if (padded < channels_padded) return padded < channels ? padded : -1;
@@ -87,14 +94,14 @@ std::tuple<Tensor, Tensor> local_attention_pool_cpu(const Tensor& points, const 
     const Pool<T> pool(points, features, neighbors, position_weight, position_bias, score_weight,
                        negative_slope);
     const Tensor scores =
-        project_tensor<T>(pool.features, pool.hidden, pool.feature_weight, static_cast<const T*>(nullptr));
+        pool.layout.project(pool.features, pool.hidden, pool.feature_weight, static_cast<const T*>(nullptr));
     PoolArgs<T> args = pool.args();
     args.scores = const_data<T>(scores);
     args.pooled = mutable_data<T>(pooled);
     args.statistics = save_statistics ? mutable_data<T>(statistics) : nullptr;
     const int64_t grain = std::max<int64_t>(16, (1 << 20) / std::max<int64_t>(1, k * width * width));
     torch::stable::parallel_for(0, batch * cloud, grain, [&](int64_t begin, int64_t end) {
-      bad.report(AVATAR_ISA_CALL(local_attention_pool_rows, args, begin, end));
+      bad.report(AVATAR_ISA_CALL_OF(pool.layout.isa, local_attention_pool_rows, args, begin, end));
     });
     raise_bad_neighbor(bad, "local_attention_pool", pool.neighbors, cloud);
   });
@@ -123,15 +130,15 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> local_attention_pool_bac
         first_bad_neighbor(const_data<int64_t>(pool.neighbors), batch * cloud * neighbors.size(2), cloud));
     raise_bad_neighbor(bad, "local_attention_pool_backward", pool.neighbors, cloud);
     const std::vector<int64_t> parts{pool.channels, pool.position_channels};
-    const Tensor padded_grad = pad_parts<T>(flat(to_compute(grad)), parts);
-    const Tensor padded_pooled = pad_parts<T>(flat(to_compute(pooled)), parts);
-    const Tensor padded_statistics = pad_parts<T>(flat(to_compute(statistics)), parts);
+    const Tensor padded_grad = pool.layout.pad_parts(flat(to_compute(grad)), parts);
+    const Tensor padded_pooled = pool.layout.pad_parts(flat(to_compute(pooled)), parts);
+    const Tensor padded_statistics = pool.layout.pad_parts(flat(to_compute(statistics)), parts);
     const int64_t channels = pool.channels, wide = pool.channels_padded;
     Tensor features_sum = torch::stable::new_zeros(like, {batch * cloud, wide});
     const auto feature_score =
-        pack_panels<T>(pool.hidden, wide, [&](int64_t q, int64_t c) { return pool.at(q, c); });
-    const auto position_score = pack_panels<T>(pool.hidden, pool.position_padded,
-                                               [&](int64_t q, int64_t p) { return pool.at(q, wide + p); });
+        pool.layout.pack(pool.hidden, wide, [&](int64_t q, int64_t c) { return pool.at(q, c); });
+    const auto position_score = pool.layout.pack(pool.hidden, pool.position_padded,
+                                                 [&](int64_t q, int64_t p) { return pool.at(q, wide + p); });
     PoolBackwardArgs<T> args{};
     args.pool = pool.args();
     args.grad = const_data<T>(padded_grad);
@@ -147,7 +154,7 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> local_attention_pool_bac
         [&](const IncomingEdges<T>& incoming, int64_t begin, int64_t end, T* block) {
           PoolBackwardArgs<T> round = args;
           round.incoming = incoming;
-          AVATAR_ISA_CALL(local_attention_pool_backward_points, round, begin, end, block);
+          AVATAR_ISA_CALL_OF(pool.layout.isa, local_attention_pool_backward_points, round, begin, end, block);
         });
     if (channels == wide) {
       grad_features = torch::stable::view(features_sum, {batch, cloud, channels});
