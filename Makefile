@@ -62,8 +62,8 @@ bench: $(VENV)/built $(VENV)/extra-bench $(VENV)/extra-dev
 
 # Keeps the figures of the last `make bench` with those of earlier ones and draws them all.
 plots: $(VENV)/extra-bench
-	$(BIN)/python benchmarks/report.py build/bench.json --merge benchmarks/results.json
-	$(BIN)/python benchmarks/plots.py benchmarks/results.json benchmarks/plots
+	$(BIN)/python benchmarks/report.py build/bench.json --merge benchmarks/results
+	$(BIN)/python benchmarks/plots.py benchmarks/results benchmarks/plots
 
 # The op tests on a build with AddressSanitizer and UndefinedBehaviorSanitizer, leaving out torch's compilers.
 sanitize: setup

@@ -24,6 +24,8 @@ ROUND_SECONDS = 0.05
 CASE_SECONDS = float(os.environ.get("AVATAR_BENCH_SECONDS", "8"))
 ROUNDS = int(os.environ.get("AVATAR_BENCH_ROUNDS", "9"))
 MIN_ROUNDS = 3
+# A peer that takes so many times as long as the fastest one decides nothing: one round tells its ratio.
+SLOW = 3
 
 
 def timed(call: Call, repeats: int) -> float:
@@ -34,21 +36,27 @@ def timed(call: Call, repeats: int) -> float:
     return (time.perf_counter() - start) / repeats
 
 
-def calibrate(call: Call) -> int:
-    """Repeats that fill a round, after a warm-up."""
+def calibrate(call: Call) -> tuple[float, int]:
+    """Seconds of a call after a warm-up, and how many calls fill a round."""
     call()
-    return max(1, min(1000, round(ROUND_SECONDS / max(timed(call, 1), 1e-9))))
+    seconds = max(timed(call, 1), 1e-9)
+    return seconds, max(1, min(1000, round(ROUND_SECONDS / seconds)))
 
 
 def paired_ratios(ours: Call, peers: dict[str, Call]) -> tuple[float, dict[str, float]]:
     """Median seconds of `ours`, and for each peer the median over rounds of its time over ours."""
-    repeats = {name: calibrate(call) for name, call in {"": ours, **peers}.items()}
+    calibrated = {name: calibrate(call) for name, call in {"": ours, **peers}.items()}
+    repeats = {name: count for name, (_, count) in calibrated.items()}
+    fastest = min((calibrated[name][0] for name in peers), default=0.0)
+    slow = {name for name in peers if calibrated[name][0] > SLOW * fastest}
     own_times, ratios = [], {name: [] for name in peers}
     start = time.perf_counter()
     for done in range(ROUNDS):
         if done >= MIN_ROUNDS and time.perf_counter() - start > CASE_SECONDS:
             break
         for name, call in peers.items():
+            if done > 0 and name in slow:
+                continue
             own = timed(ours, repeats[""])
             own_times.append(own)
             ratios[name].append(timed(call, repeats[name]) / own)

@@ -1,6 +1,6 @@
 """Draws what report.py kept: ratio bars for each op, and time and memory of knn against the number of points.
 
-python benchmarks/plots.py benchmarks/results.json benchmarks/plots
+python benchmarks/plots.py benchmarks/results benchmarks/plots
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def save(figure, path: Path) -> None:
 
 def draw_ratios(cases: dict[str, dict], path: Path) -> None:
     """A pair of bars for each case: the best peer's time over ours with one thread and with all."""
-    names = [name for name, case in cases.items() if case["ratios"]["1"]]
+    names = [name for name, case in cases.items() if case["ratios"].get("1")]
     figure, axes = pyplot.subplots(figsize=(10, 1.2 + 0.5 * len(names)))
     largest = 1.0
     for row, name in enumerate(names):
@@ -99,16 +99,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("results", type=Path, help="JSON that report.py --merge wrote")
-    parser.add_argument("out", type=Path, help="folder for the PNG files")
+    parser.add_argument("results", type=Path, help="folder that report.py --merge wrote to")
+    parser.add_argument(
+        "out", type=Path, help="folder for the PNG files, one within for each instruction set"
+    )
     arguments = parser.parse_args()
-    cases = json.loads(arguments.results.read_text())
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    for figure, files in FIGURES.items():
-        shown = {name: case for name, case in cases.items() if case["file"] in files}
-        if any(case["ratios"]["1"] for case in shown.values()):
-            draw_ratios(shown, arguments.out / f"{figure}.png")
-    draw_scaling(cases, arguments.out / "knn_scaling.png")
+    for results in sorted(arguments.results.glob("*.json")):
+        cases = json.loads(results.read_text())
+        out = arguments.out / results.stem
+        out.mkdir(parents=True, exist_ok=True)
+        for figure, files in FIGURES.items():
+            shown = {name: case for name, case in cases.items() if case["file"] in files}
+            if any(case["ratios"].get("1") for case in shown.values()):
+                draw_ratios(shown, out / f"{figure}.png")
+        draw_scaling(cases, out / "knn_scaling.png")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Prints the JSON that pytest-benchmark wrote as a table: each case against its best peer.
 
 python benchmarks/report.py build/bench.json
-python benchmarks/report.py build/bench.json --merge benchmarks/results.json   and keep the figures there
+python benchmarks/report.py build/bench.json --merge benchmarks/results   and keep the figures there, in a file
+                                                                          for each instruction set
 """
 
 from __future__ import annotations
@@ -78,8 +79,11 @@ def natural(name: str) -> list:
     return [(part.isdigit(), int(part) if part.isdigit() else part) for part in re.split(r"(\d+)", name)]
 
 
-def merge(cases: dict[str, dict], path: Path) -> None:
-    """Replaces these cases among those of the file, which appears whole or not at all."""
+def merge(cases: dict[str, dict], folder: Path) -> None:
+    """Replaces these cases among those of their instruction set's file, which appears whole or not at all."""
+    isa = next(iter(cases.values()))["origin"]["isa"]
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{isa}.json"
     known = json.loads(path.read_text()) if path.exists() else {}
     temporary = path.with_suffix(".tmp")
     merged = {**known, **cases}
@@ -93,7 +97,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("report", type=Path, help="JSON of pytest-benchmark")
-    parser.add_argument("--merge", type=Path, metavar="FILE", help="keep the figures in this JSON file")
+    parser.add_argument("--merge", type=Path, metavar="FOLDER", help="keep the figures in this folder")
     arguments = parser.parse_args()
     cases = read_cases(json.loads(arguments.report.read_text()))
     if not cases:
