@@ -108,6 +108,22 @@ def knn_graph(
     return edges if flow == "source_to_target" else edges.flip(0)
 
 
+def linear_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    rest: Tensor | None = None,
+    places: Tensor | None = None,
+    negative_slope: float = 1.0,
+) -> Tensor:
+    """(B, N, O): see avatar_ops.linear_act.linear_act."""
+    y = F.linear(x, weight, bias)
+    if rest is not None:
+        y = y + (rest if places is None else rest[..., places.long(), :])
+    return F.leaky_relu(y, negative_slope)
+
+
 def edge_max(features: Tensor, neighbors: Tensor) -> tuple[Tensor, Tensor]:
     """(values, argmax), both (B, M, C): see avatar_ops.edge_max."""
     batched = features.dim() == 3

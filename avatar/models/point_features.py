@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import avatar_ops
@@ -218,7 +217,7 @@ class RandLANet(nn.Module):
             raise AvatarError(f"pyramid: got one of {pyramid.num_points} points, wants {points.shape[1]}")
         if len(pyramid.samples) != len(self.encoder):
             raise AvatarError(f"pyramid: got {len(pyramid.samples)} levels, wants {len(self.encoder)}")
-        x = _activate(self.input(features))
+        x = self.input.activated(features, NEGATIVE_SLOPE)
         skips = []
         for block, neighbors, sample in zip(self.encoder, pyramid.neighbors, pyramid.samples, strict=True):
             x = block(points, x, _for_batch(neighbors, x))
@@ -227,15 +226,15 @@ class RandLANet(nn.Module):
             x, _ = avatar_ops.edge_max(x, _for_batch(neighbors[sample], x))
             points = points.index_select(1, sample)
             skips.append(x)
-        x = _activate(self.middle(skips.pop()))
+        x = self.middle.activated(skips.pop(), NEGATIVE_SLOPE)
         for layer, nearest, skip in zip(
             self.decoder, reversed(pyramid.nearest), reversed(skips), strict=True
         ):
-            x = _activate(layer.split_forward(skip, x, nearest))
+            x = layer.activated_with(skip, x, nearest, NEGATIVE_SLOPE)
         if self.head is None:
             return x
         for layer in self.head:
-            x = _activate(layer(x))
+            x = layer.activated(x, NEGATIVE_SLOPE)
         return self.classifier(self.dropout(x))
 
     def macs(self, num_points: int, num_neighbors: int = 16) -> dict[str, int]:
@@ -289,7 +288,7 @@ class PointGcn(nn.Module):
             features = layer(features, graph)
             outputs.append(features)
         joined = torch.cat(outputs, -1)
-        return joined if self.output is None else _activate(self.output(joined))
+        return joined if self.output is None else self.output.activated(joined, NEGATIVE_SLOPE)
 
     def macs(self, num_points: int, num_neighbors: int = 20) -> int:
         """Multiply-accumulates of the linear layers for one cloud, EdgeConv once per edge as published."""
@@ -343,7 +342,3 @@ class PointFeatures(nn.Module):
 
 def _for_batch(neighbors: Tensor, like: Tensor) -> Tensor:
     return neighbors.expand(len(like), -1, -1)
-
-
-def _activate(x: Tensor) -> Tensor:
-    return F.leaky_relu(x, NEGATIVE_SLOPE, inplace=True)

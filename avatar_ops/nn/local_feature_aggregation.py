@@ -8,16 +8,9 @@ from torch import Tensor, nn
 
 from .._library import check_slope, is_size
 from ..edge_moments import edge_moments
+from ..linear_act import linear_act
 from ..local_attention_pool import local_attention_pool
 from .batch_norm import track, uses_batch_statistics
-
-
-def accumulate(total: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """total + linear(x), in place; total is contiguous, and autocast decides the dtype of both."""
-    if torch.is_autocast_enabled(x.device.type):
-        return total + F.linear(x, weight)
-    total.view(-1, total.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), weight.t())
-    return total
 
 
 class LinearNorm(nn.Module):
@@ -32,20 +25,29 @@ class LinearNorm(nn.Module):
         if uses_batch_statistics(self.norm):
             y = self.linear(x)
             return self.norm(y.reshape(-1, y.shape[-1])).view(y.shape)
-        weight, bias = self.fold(self.norm.running_mean, self.norm.running_var)
-        return F.linear(x, weight, bias)
+        return F.linear(x, *self.running_fold())
 
-    def split_forward(self, x: Tensor, rest: Tensor, place: Tensor) -> Tensor:
-        """`forward` of [x ; rest[place]] over (B, N, .), rest (B, M, .) and place (N,).
+    def activated(self, x: Tensor, negative_slope: float) -> Tensor:
+        """LeakyReLU of `forward`."""
+        if uses_batch_statistics(self.norm):
+            return F.leaky_relu(self(x), negative_slope, inplace=True)
+        return linear_act(x, *self.running_fold(), negative_slope=negative_slope)
+
+    def activated_with(self, x: Tensor, rest: Tensor, places: Tensor, negative_slope: float) -> Tensor:
+        """`activated` of [x ; rest[places]] over (B, N, .), rest (B, M, .) and places (N,).
 
         In evaluation the rows of `rest` go through their part of the linear map before they are copied.
         """
         if uses_batch_statistics(self.norm):
-            return self(torch.cat([x, rest.index_select(1, place)], -1))
-        weight, bias = self.fold(self.norm.running_mean, self.norm.running_var)
+            return self.activated(torch.cat([x, rest.index_select(1, places)], -1), negative_slope)
+        weight, bias = self.running_fold()
         width = x.shape[-1]
-        mapped = F.linear(rest, weight[:, width:], bias)
-        return accumulate(mapped.index_select(1, place), x, weight[:, :width])
+        mapped = linear_act(rest, weight[:, width:], bias)
+        return linear_act(x, weight[:, :width], rest=mapped, places=places, negative_slope=negative_slope)
+
+    def running_fold(self) -> tuple[Tensor, Tensor]:
+        """`fold` by the running statistics."""
+        return self.fold(self.norm.running_mean, self.norm.running_var)
 
     def fold(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
         """Weight and bias that do both at once, given the statistics of what the linear map gives."""
@@ -138,7 +140,7 @@ class LocalFeatureAggregation(nn.Module):
         for layer in self.encode:
             weight, bias = self._encoding(layer, points, neighbors, weights, biases)
             weights, biases = [*weights, weight], [*biases, bias]
-        x = F.leaky_relu(self.reduce(features), self.negative_slope, inplace=True)
+        x = self.reduce.activated(features, self.negative_slope)
         for depth, (score, attend) in enumerate(zip(self.scores, self.attend, strict=True), start=1):
             x = local_attention_pool(
                 points,
@@ -149,18 +151,12 @@ class LocalFeatureAggregation(nn.Module):
                 score.weight,
                 negative_slope=self.negative_slope,
             )
-            x = F.leaky_relu(attend(x), self.negative_slope, inplace=True)
-        return F.leaky_relu(self._residual(x, features), self.negative_slope, inplace=True)
-
-    def _residual(self, x: Tensor, features: Tensor) -> Tensor:
+            x = attend.activated(x, self.negative_slope)
         expand, shortcut = self.expand, self.shortcut
         if uses_batch_statistics(expand.norm) or uses_batch_statistics(shortcut.norm):
-            return expand(x) + shortcut(features)
-        (expand_weight, expand_bias), (shortcut_weight, shortcut_bias) = (
-            layer.fold(layer.norm.running_mean, layer.norm.running_var) for layer in (expand, shortcut)
-        )
-        total = F.linear(features, shortcut_weight, expand_bias + shortcut_bias)
-        return accumulate(total, x, expand_weight)
+            return F.leaky_relu(expand(x) + shortcut(features), self.negative_slope, inplace=True)
+        rest = linear_act(features, *shortcut.running_fold())
+        return linear_act(x, *expand.running_fold(), rest=rest, negative_slope=self.negative_slope)
 
     def _encoding(
         self,
@@ -172,7 +168,7 @@ class LocalFeatureAggregation(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The folded layer that follows `weights` and `biases` in the position network."""
         if not uses_batch_statistics(layer.norm):
-            return layer.fold(layer.norm.running_mean, layer.norm.running_var)
+            return layer.running_fold()
         mean, covariance, count = edge_moments(
             points, neighbors, weights, biases, negative_slope=self.negative_slope
         )

@@ -3,7 +3,7 @@
 #include <algorithm>
 
 #include "common/position_tile.h"
-#include "local_attention_pool/linear_channels.h"
+#include "local_attention_pool/local_attention_pool_linear.h"
 
 namespace avatar {
 namespace AVATAR_ISA {

@@ -1,0 +1,84 @@
+// Tensors as the tiles of tile_product.h take them.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "common/project_rows_simd.h"
+#include "common/tensor.h"
+
+namespace avatar {
+
+// How tiles of some widths are padded and packed for an instruction set.
+template <typename T>
+struct TileLayout {
+  Isa isa;
+
+  // The instruction set in use, but shorter vectors where those of AVX-512 would hold padding instead of
+  // more.
+  static TileLayout of(const std::vector<int64_t>& widths) {
+    const TileLayout longer{current_isa()}, shorter{Isa::avx2};
+    int64_t vectors = 0;
+    for (const int64_t width : widths) {
+      vectors += shorter.padded(width) / shorter.lanes() - longer.padded(width) / longer.lanes();
+    }
+    return longer.isa == Isa::avx512 && vectors <= 0 ? shorter : longer;
+  }
+
+  // As in tile_product.h.
+  int64_t lanes() const {
+    return (isa == Isa::avx512 ? 64 : isa == Isa::avx2 ? 32 : 16) / static_cast<int64_t>(sizeof(T));
+  }
+  int64_t padded(int64_t width) const { return (width + lanes() - 1) / lanes() * lanes(); }
+
+  // A (depth, columns) matrix in panels of two vectors' width, each (depth, width); `columns` is padded.
+  template <typename Value>
+  std::vector<T> pack(int64_t depth, int64_t columns, const Value& value) const {
+    std::vector<T> packed(depth * columns);
+    T* target = packed.data();
+    for (int64_t first = 0; first < columns; first += 2 * lanes()) {
+      const int64_t last = std::min(first + 2 * lanes(), columns);
+      for (int64_t d = 0; d < depth; ++d) {
+        for (int64_t c = first; c < last; ++c) *target++ = value(d, c);
+      }
+    }
+    return packed;
+  }
+
+  // rows (rows, sum of widths) with every part padded; the tensor itself where nothing is to pad.
+  Tensor pad_parts(const Tensor& rows, const std::vector<int64_t>& widths) const {
+    const int64_t count = rows.size(0);
+    int64_t width = 0, wide = 0;
+    for (const int64_t part : widths) width += part, wide += padded(part);
+    if (width == wide) return rows;
+    Tensor result = torch::stable::new_zeros(rows, {count, wide});
+    const T* from = const_data<T>(rows);
+    T* to = mutable_data<T>(result);
+    torch::stable::parallel_for(0, count, 4096, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        const T* source = from + row * width;
+        T* target = to + row * wide;
+        for (const int64_t part : widths) {
+          std::copy_n(source, part, target);
+          source += part;
+          target += padded(part);
+        }
+      }
+    });
+    return result;
+  }
+
+  // (rows, columns) = a (rows, depth) times packed b.
+  Tensor project(const Tensor& a, int64_t columns, const std::vector<T>& packed, const T* bias) const {
+    const int64_t rows = a.size(0), depth = a.size(1);
+    Tensor target = torch::stable::new_empty(a, {rows, columns});
+    const int64_t grain = std::max<int64_t>(64, 65536 / std::max<int64_t>(1, depth * columns));
+    torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
+      AVATAR_ISA_CALL_OF(isa, project_rows, end - begin, depth, columns, const_data<T>(a) + begin * depth,
+                         packed.data(), bias, mutable_data<T>(target) + begin * columns);
+    });
+    return target;
+  }
+};
+
+}  // namespace avatar
