@@ -14,17 +14,17 @@ from torch import Tensor
 from ._library import define, reached_inputs, tensor_inputs
 from .upfirdn2d import filter_gradient, transposed
 
-# float32 3x3 convolution and epilogue in one, on the CPU; y and demodulated are written. The geometry is that
-# of Geometry.
+# 3x3 convolution and epilogue in one, on the CPU; y and demodulated are written. Images are of one dtype, not
+# float64, the rest float32. The geometry is that of Geometry. transposed: of transposed_weight(weight).
 define(
     "modulated_conv2d_winograd(Tensor x, Tensor weight, Tensor? styles, Tensor? scale, Tensor? noise, "
     "Tensor? bias, Tensor(a!) y, Tensor(b!)? demodulated, Tensor? f, int up, int down, int before, bool flip, "
-    "float filter_gain, float slope, float gain, float? clamp) -> ()"
+    "float filter_gain, float slope, float gain, float? clamp, bool transposed=False) -> ()"
 )
 # The same without an epilogue: (B, O, height, width). With styles it has no derivative.
 define(
     "modulated_conv2d_shared(Tensor x, Tensor weight, Tensor? styles, Tensor? f, int up, int down, int before, "
-    "bool flip, float filter_gain, int height, int width) -> Tensor"
+    "bool flip, float filter_gain, int height, int width, bool transposed=False) -> Tensor"
 )
 # The gradient in weight of the convolution of x times styles (B, I), from the gradient of its result times scale
 # (B, O). With either it has no derivative.
@@ -128,8 +128,8 @@ def convolve_backward(
         return torch.zeros_like(x), torch.zeros_like(weight), None if f is None else torch.zeros_like(f)
     need_x, need_weight, need_f = needed
     k, size = weight.shape[2], grad.shape[2:]
-    back, reversed_weight = geometry.transposed(k, f), transposed_weight(weight)
-    native_x = need_x and winograd_pays(grad, reversed_weight, f, back, x.shape[2:])
+    back = geometry.transposed(k, f)
+    native_x = need_x and winograd_pays(grad, weight, f, back, x.shape[2:])
     # The gradient of that in x is a convolution with `back` too.
     twice = f is not None or back.before >= 0
     native_weight = need_weight and twice and winograd_pays(x, weight, f, geometry, size)
@@ -140,7 +140,7 @@ def convolve_backward(
         grad, scale = _scaled(grad, scale), None
     grad_x = grad_weight = grad_f = None
     if native_x:
-        grad_x, need_x = _shared_convolution(grad, reversed_weight, scale, f, back, x.shape[2:]), False
+        grad_x, need_x = _shared_convolution(grad, weight, scale, f, True, back, x.shape[2:]), False
     if native_weight:
         grad_weight, need_weight = _shared_weight_gradient(grad, x, scale, styles, f, geometry), False
     if not (need_x or need_weight or need_f):
@@ -157,6 +157,7 @@ def convolve_backward(
 
     flip, gain = geometry.flip, geometry.filter_gain
     if geometry.up == 2:
+        reversed_weight = transposed_weight(weight)
         z_size = _strided_size(x.shape[2:], k)
         sides = _sides(z_size, size, f, geometry.before)
         if need_f:
@@ -187,9 +188,9 @@ def _scaled(images: Tensor, factors: Tensor | None) -> Tensor:
 
 
 def _shared_convolution(
-    x: Tensor, weight: Tensor, styles: Tensor | None, f: Tensor | None, geometry: Geometry, size
+    x: Tensor, weight: Tensor, styles: Tensor | None, f: Tensor | None, transposed: bool, geometry: Geometry, size
 ) -> Tensor:
-    return torch.ops.avatar_ops.modulated_conv2d_shared(x, weight, styles, f, *geometry, *size)
+    return torch.ops.avatar_ops.modulated_conv2d_shared(x, weight, styles, f, *geometry, *size, transposed)
 
 
 def _shared_weight_gradient(
@@ -207,17 +208,17 @@ def _shared_weight_gradient(
 @torch.library.register_fake("avatar_ops::modulated_conv2d_winograd")
 def _(
     x, weight, styles, scale, noise, bias, y, demodulated, f, up, down, before, flip, filter_gain, slope, gain,
-    clamp,
+    clamp, transposed=False,
 ):  # fmt: skip
     return None
 
 
-def _shared(x, weight, styles, f, up, down, before, flip, filter_gain, height, width):
-    y = x.new_empty(x.shape[0], weight.shape[0], height, width)
+def _shared(x, weight, styles, f, up, down, before, flip, filter_gain, height, width, transposed=False):
+    y = x.new_empty(x.shape[0], weight.shape[1 if transposed else 0], height, width)
     styles, f = (None if t is None else t.contiguous() for t in (styles, f))
     torch.ops.avatar_ops.modulated_conv2d_winograd(
         x.contiguous(), weight.contiguous(), styles, None, None, None, y, None, f, up, down, before, flip,
-        filter_gain, 1.0, 1.0, None,
+        filter_gain, 1.0, 1.0, None, transposed,
     )  # fmt: skip
     return y
 
@@ -226,8 +227,8 @@ torch.library.impl("avatar_ops::modulated_conv2d_shared", "CPU", _shared)
 
 
 @torch.library.register_fake("avatar_ops::modulated_conv2d_shared")
-def _(x, weight, styles, f, up, down, before, flip, filter_gain, height, width):
-    return x.new_empty(x.shape[0], weight.shape[0], height, width)
+def _(x, weight, styles, f, up, down, before, flip, filter_gain, height, width, transposed=False):
+    return x.new_empty(x.shape[0], weight.shape[1 if transposed else 0], height, width)
 
 
 @torch.library.register_fake("avatar_ops::modulated_conv2d_winograd_weight")
@@ -241,7 +242,7 @@ def _refuse_factors(*factors: Tensor | None) -> None:
 
 
 def _setup_shared_context(ctx, inputs, output):
-    x, weight, styles, f, *geometry = inputs
+    x, weight, styles, f, *geometry, ctx.transposed = inputs
     ctx.geometry, ctx.tensors = Geometry(*geometry[:5]), tensor_inputs(inputs)
     ctx.save_for_backward(x, weight, styles, f)
 
@@ -250,8 +251,12 @@ def _shared_backward(ctx, grad):
     x, weight, styles, f = ctx.saved_tensors
     _refuse_factors(styles)
     needed = (*reached_inputs(ctx, ctx.tensors)[:2], False)
+    if ctx.transposed:
+        weight = transposed_weight(weight)
     grad_x, grad_weight, _ = convolve_backward(grad, None, x, None, weight, f, ctx.geometry, needed)
-    return grad_x, grad_weight, *[None] * 9
+    if ctx.transposed and grad_weight is not None:
+        grad_weight = transposed_weight(grad_weight)
+    return grad_x, grad_weight, *[None] * 10
 
 
 torch.library.register_autograd(
@@ -271,10 +276,10 @@ def _weight_backward(ctx, grad_weight):
     need_grad, need_x = reached_inputs(ctx, ctx.tensors)[:2]
     grad_grad = grad_x = None
     if need_grad:
-        grad_grad = _shared_convolution(x, grad_weight, None, f, ctx.geometry, grad.shape[2:])
+        grad_grad = _shared_convolution(x, grad_weight, None, f, False, ctx.geometry, grad.shape[2:])
     if need_x:
         back = ctx.geometry.transposed(3, f)
-        grad_x = _shared_convolution(grad, transposed_weight(grad_weight), None, f, back, x.shape[2:])
+        grad_x = _shared_convolution(grad, grad_weight, None, f, True, back, x.shape[2:])
     return grad_grad, grad_x, *[None] * 8
 
 

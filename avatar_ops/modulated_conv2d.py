@@ -248,13 +248,13 @@ def composed(
     if bias is not None:
         bias = bias.to(dtype).contiguous()
     if not small_pays(x, weight, geometry) and winograd_pays(x, weight, f, geometry, size):
-        y = torch.empty(x.shape[0], weight.shape[0], *size, dtype=dtype)
+        y = x.new_empty(x.shape[0], weight.shape[0], *size)
         z = torch.empty_like(y) if keep else None
         torch.ops.avatar_ops.modulated_conv2d_winograd(
-            x.to(dtype).contiguous(), weight, styles.contiguous(), scale, noise, bias, y, z,
+            x.contiguous(), weight, styles.contiguous(), scale, noise, bias, y, z,
             None if f is None else f.contiguous(), *geometry, slope, gain, clamp,
         )  # fmt: skip
-        return y.to(x.dtype), z.to(x.dtype) if keep else x.new_empty(0)
+        return y, z if keep else x.new_empty(0)
     if small_pays(x, weight, geometry):
         z = small_convolve(x.to(dtype), weight, styles, f, geometry, size)
     elif weight.shape[2] == 1 and weight.shape[0] <= 8 and geometry == (1, 1, 0, False, 1.0):
