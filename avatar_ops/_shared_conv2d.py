@@ -27,10 +27,10 @@ define(
     "bool flip, float filter_gain, int height, int width, bool transposed=False) -> Tensor"
 )
 # The gradient in weight of the convolution of x times styles (B, I), from the gradient of its result times scale
-# (B, O). With either it has no derivative.
+# (B, O); plus weight (O, I, 3, 3) times factors (O, I). With any of the four it has no derivative.
 define(
     "modulated_conv2d_winograd_weight(Tensor grad, Tensor x, Tensor? scale, Tensor? styles, Tensor? f, int up, "
-    "int down, int before, bool flip, float filter_gain) -> Tensor"
+    "int down, int before, bool flip, float filter_gain, Tensor? weight=None, Tensor? factors=None) -> Tensor"
 )
 
 # The most taps of a resampling filter in Winograd's form.
@@ -119,10 +119,13 @@ def convolve_backward(
     f: Tensor | None,
     geometry: Geometry,
     needed,
+    wide_weight: Tensor | None = None,
+    weight_factors: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of convolve at x times styles (B, I) from that of its result, which is grad times scale (B, O).
 
-    In x times styles, weight and f where `needed`; from differentiable ops where torch records them.
+    In x times styles, weight and f where `needed`; from differentiable ops where torch records them. That in
+    weight is of the dtype of wide_weight, if given, and gets wide_weight times weight_factors (O, I) added.
     """
     if x.numel() == 0 or weight.numel() == 0:
         return torch.zeros_like(x), torch.zeros_like(weight), None if f is None else torch.zeros_like(f)
@@ -141,10 +144,32 @@ def convolve_backward(
     grad_x = grad_weight = grad_f = None
     if native_x:
         grad_x, need_x = _shared_convolution(grad, weight, scale, f, True, back, x.shape[2:]), False
+    adds = need_weight and weight_factors is not None
     if native_weight:
-        grad_weight, need_weight = _shared_weight_gradient(grad, x, scale, styles, f, geometry), False
-    if not (need_x or need_weight or need_f):
-        return grad_x, grad_weight, grad_f
+        # The op that adds as well has no derivative.
+        added = (wide_weight, weight_factors) if adds and not torch.is_grad_enabled() else ()
+        grad_weight = _shared_weight_gradient(grad, x, scale, styles, f, geometry, *added)
+        adds, need_weight = adds and not added, False
+    if need_x or need_weight or need_f:
+        others = _direct_backward(grad, x, weight, f, geometry, (need_x, need_weight, need_f))
+        grad_x, grad_weight, grad_f = (
+            theirs if own is None else own
+            for own, theirs in zip((grad_x, grad_weight, grad_f), others, strict=True)
+        )
+    if grad_weight is not None and wide_weight is not None:
+        grad_weight = grad_weight.to(wide_weight.dtype)
+    if adds:
+        grad_weight = grad_weight + wide_weight * weight_factors.unsqueeze(-1).unsqueeze(-1)
+    return grad_x, grad_weight, grad_f
+
+
+def _direct_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, f: Tensor | None, geometry: Geometry, needed
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of convolve that are needed, by torch's convolutions."""
+    need_x, need_weight, need_f = needed
+    k, size = weight.shape[2], grad.shape[2:]
+    grad_x = grad_weight = grad_f = None
 
     def convolution_backward(grad, x, weight, stride, padding, transposed, need_x):
         if not (need_x or need_weight):
@@ -166,8 +191,8 @@ def convolve_backward(
         if need_x or need_weight:
             grad_z = transposed(grad, f, z_size, 1, 1, sides, flip, gain)
             direct = convolution_backward(grad_z, x, reversed_weight, 2, 0, True, need_x)
-            grad_x = direct[0] if need_x else grad_x
-            grad_weight = transposed_weight(direct[1]) if need_weight else grad_weight
+            grad_x = direct[0]
+            grad_weight = transposed_weight(direct[1]) if need_weight else None
         return grad_x, grad_weight, grad_f
     if geometry.down == 2:
         z_size = _strided_size(size, k)
@@ -178,9 +203,9 @@ def convolve_backward(
             grad_f = filter_gradient(grad_z, x, f, 1, 1, sides, flip, gain)
         if need_x:
             grad_x = transposed(grad_z, f, x.shape[2:], 1, 1, sides, flip, gain)
-        return grad_x, direct if need_weight else grad_weight, grad_f
-    direct = convolution_backward(grad, x, weight, 1, geometry.before, False, need_x)
-    return direct[0] if need_x else grad_x, direct[1] if need_weight else grad_weight, None
+        return grad_x, direct if need_weight else None, grad_f
+    grad_x, direct = convolution_backward(grad, x, weight, 1, geometry.before, False, need_x)
+    return grad_x, direct if need_weight else None, None
 
 
 def _scaled(images: Tensor, factors: Tensor | None) -> Tensor:
@@ -188,7 +213,13 @@ def _scaled(images: Tensor, factors: Tensor | None) -> Tensor:
 
 
 def _shared_convolution(
-    x: Tensor, weight: Tensor, styles: Tensor | None, f: Tensor | None, transposed: bool, geometry: Geometry, size
+    x: Tensor,
+    weight: Tensor,
+    styles: Tensor | None,
+    f: Tensor | None,
+    transposed: bool,
+    geometry: Geometry,
+    size,
 ) -> Tensor:
     return torch.ops.avatar_ops.modulated_conv2d_shared(x, weight, styles, f, *geometry, *size, transposed)
 
@@ -200,9 +231,11 @@ def _shared_weight_gradient(
     styles: Tensor | None,
     f: Tensor | None,
     geometry: Geometry,
+    weight: Tensor | None = None,
+    factors: Tensor | None = None,
 ) -> Tensor:
-    tensors = (None if t is None else t.contiguous() for t in (grad, x, scale, styles, f))
-    return torch.ops.avatar_ops.modulated_conv2d_winograd_weight(*tensors, *geometry)
+    tensors = [None if t is None else t.contiguous() for t in (grad, x, scale, styles, f, weight, factors)]
+    return torch.ops.avatar_ops.modulated_conv2d_winograd_weight(*tensors[:5], *geometry, *tensors[5:])
 
 
 @torch.library.register_fake("avatar_ops::modulated_conv2d_winograd")
@@ -232,7 +265,7 @@ def _(x, weight, styles, f, up, down, before, flip, filter_gain, height, width, 
 
 
 @torch.library.register_fake("avatar_ops::modulated_conv2d_winograd_weight")
-def _(grad, x, scale, styles, f, up, down, before, flip, filter_gain):
+def _(grad, x, scale, styles, f, up, down, before, flip, filter_gain, weight=None, factors=None):
     return x.new_empty(grad.shape[1], x.shape[1], 3, 3)
 
 
@@ -265,14 +298,14 @@ torch.library.register_autograd(
 
 
 def _setup_weight_context(ctx, inputs, output):
-    grad, x, scale, styles, f, *geometry = inputs
+    grad, x, scale, styles, f, *geometry, weight, factors = inputs
     ctx.geometry, ctx.tensors = Geometry(*geometry), tensor_inputs(inputs)
-    ctx.save_for_backward(grad, x, scale, styles, f)
+    ctx.save_for_backward(grad, x, scale, styles, f, weight, factors)
 
 
 def _weight_backward(ctx, grad_weight):
-    grad, x, scale, styles, f = ctx.saved_tensors
-    _refuse_factors(scale, styles)
+    grad, x, scale, styles, f, weight, factors = ctx.saved_tensors
+    _refuse_factors(scale, styles, weight, factors)
     need_grad, need_x = reached_inputs(ctx, ctx.tensors)[:2]
     grad_grad = grad_x = None
     if need_grad:
@@ -280,7 +313,7 @@ def _weight_backward(ctx, grad_weight):
     if need_x:
         back = ctx.geometry.transposed(3, f)
         grad_x = _shared_convolution(grad, grad_weight, None, f, True, back, x.shape[2:])
-    return grad_grad, grad_x, *[None] * 8
+    return grad_grad, grad_x, *[None] * 10
 
 
 torch.library.register_autograd(

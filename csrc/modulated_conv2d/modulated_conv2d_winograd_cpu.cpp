@@ -122,8 +122,8 @@ void run_tasks(const WinogradConv2d& args, const WeightPlan& plan, int64_t items
   }
 }
 
-// Few tiles: all of the transformed input is held, and the weights of a block of outputs are transformed where
-// they are used.
+// Few tiles: all of the transformed input is held, and the weights of a block of outputs are transformed
+// where they are used.
 void convolve_held(const WinogradConv2d& args, int64_t panels, int64_t input_size, int64_t product_size,
                    const Tensor& memory_like) {
   const int64_t panel = AVATAR_ISA_CALL(winograd_panel);
@@ -274,7 +274,8 @@ void modulated_conv2d_winograd_cpu(const Tensor& x, const Tensor& weight, const 
                             transposed ? 9 : 9 * inputs,
                             transposed ? 9 * outputs : 9,
                             // A transposed convolution correlates with the reversed filter.
-                            (form == WinogradForm::up) != transposed};
+                            (form == WinogradForm::up) != transposed,
+                            nullptr};
   if (y.numel() == 0) return;
   advise_huge_pages(y);
   if (demodulated) advise_huge_pages(*demodulated);
@@ -282,17 +283,21 @@ void modulated_conv2d_winograd_cpu(const Tensor& x, const Tensor& weight, const 
 }
 
 // The gradient (O, I, 3, 3) in weight of the convolution of x (B, I, H, W), times styles (B, I), from that of
-// its output, times scale (B, O); float32 and contiguous.
+// its output, times scale (B, O), plus weight times factors (O, I); float32 and contiguous.
 Tensor modulated_conv2d_winograd_weight_cpu(const Tensor& grad, const Tensor& x,
                                             const std::optional<Tensor>& scale,
                                             const std::optional<Tensor>& styles,
                                             const std::optional<Tensor>& f, int64_t up, int64_t down,
-                                            int64_t before, bool flip, double filter_gain) {
+                                            int64_t before, bool flip, double filter_gain,
+                                            const std::optional<Tensor>& weight,
+                                            const std::optional<Tensor>& factors) {
   WinogradConv2d args{};
   args.form = form_of(up, down);
   args.pixel = WinogradPixel::float32;
   args.x = x.const_data_ptr();
   args.y = const_cast<void*>(grad.const_data_ptr());
+  args.weight = data_or_null(weight);
+  args.weight_factors = data_or_null(factors);
   args.styles = data_or_null(styles);
   args.scale = data_or_null(scale);
   args.batch = x.size(0);
@@ -303,6 +308,8 @@ Tensor modulated_conv2d_winograd_weight_cpu(const Tensor& grad, const Tensor& x,
   args.out_height = grad.size(2);
   args.out_width = grad.size(3);
   args.padding = before;
+  args.weight_output = 9 * args.channels;
+  args.weight_channel = 9;
   FilterValues values;
   if (f) {
     // The gradient of the larger image goes through the transposed filter.
@@ -329,8 +336,10 @@ Tensor modulated_conv2d_winograd_weight_cpu(const Tensor& grad, const Tensor& x,
   const int64_t block_panels = all ? panels : std::max<int64_t>(1, std::min(wanted, most));
   const int64_t input_size = input_parts * winograd_image_stride(args.channels, panel);
   const int64_t gradient_size = gradient_parts * winograd_image_stride(args.outputs, panel);
-  const int64_t block_sums = kWinogradParts * kWinogradOutputs * panel;
-  const int64_t worker_size = std::max(std::max(input_size, gradient_size), all ? block_sums : 0);
+  // The parts are kept from each other's place in the cache.
+  const int64_t part_sums = kWinogradOutputs * panel + 16;
+  const int64_t worker_size =
+      std::max(std::max(input_size, gradient_size), all ? kWinogradParts * part_sums : 0);
   const int64_t threads = torch::stable::get_num_threads();
   Tensor inputs = torch::stable::new_empty(x, {block_panels * panel * input_parts * row});
   Tensor gradients = torch::stable::new_empty(x, {block_panels * panel * gradient_parts * rows});
@@ -368,12 +377,12 @@ Tensor modulated_conv2d_winograd_weight_cpu(const Tensor& grad, const Tensor& x,
         const int64_t channel = task / blocks * panel, output = task % blocks * kWinogradOutputs;
         for (int64_t part = 0; part < kWinogradParts; ++part) {
           AVATAR_ISA_CALL(winograd_weight_products, args, packed, part, output, channel, false,
-                          memory + part * kWinogradOutputs * panel, panel);
+                          memory + part * part_sums, panel);
         }
         for (int64_t o = 0; o < std::min(kWinogradOutputs, args.outputs - output); ++o) {
           AVATAR_ISA_CALL(winograd_weight_gradient, args, output + o, channel,
-                          std::min(panel, args.channels - channel), memory + o * panel,
-                          kWinogradOutputs * panel, mutable_data<float>(result));
+                          std::min(panel, args.channels - channel), memory + o * panel, part_sums,
+                          mutable_data<float>(result));
         }
       });
       continue;

@@ -157,8 +157,8 @@ inline Image channel_of(const Image& images, int64_t plane, const float* styles)
   return image;
 }
 
-// Tiles of `images`, as channel_of has them, without a filter; the first of them is `padding` above and to the
-// left of the image.
+// Tiles of `images`, as channel_of has them, without a filter; the first of them is `padding` above and to
+// the left of the image.
 template <typename Kind>
 void transform_tiles(const WinogradConv2d& args, int64_t tile, int64_t end, const Image& images,
                      int64_t channels, int64_t channel, int64_t count, const float* styles, int64_t padding,

@@ -15,15 +15,23 @@ void multiply_vectors(const WinogradConv2d& args, const float* weights, const fl
   const int64_t input_stride = winograd_image_stride(args.channels, kPanel);
   const int64_t depth = winograd_depth(args.channels);
   const int64_t side = winograd_products(args.form), parts = winograd_input_parts(args.form);
+  const auto filters_of = [&](int64_t n) {
+    return weights +
+           (winograd_weight_part(n / side) * kSide + winograd_weight_part(n % side)) * weight_stride;
+  };
+  const auto input_of = [&](int64_t n) {
+    return transformed +
+           (winograd_image_part(n / side, parts) * parts + winograd_image_part(n % side, parts)) *
+               input_stride;
+  };
   for (int64_t n = 0; n < side * side; ++n) {
-    const int64_t i = n / side, j = n % side;
-    const float* filters =
-        weights + (winograd_weight_part(i) * kSide + winograd_weight_part(j)) * weight_stride;
-    const float* input =
-        transformed + (winograd_image_part(i, parts) * parts + winograd_image_part(j, parts)) * input_stride;
+    const float *filters = filters_of(n), *input = input_of(n);
+    const int64_t next = (n + 1) % (side * side);
     for (int64_t o = 0; o < kWinogradOutputs; o += kRows) {
-      product<kVectors, false>(args.channels, filters + o * depth, input,
-                               products + (o * side * side + n) * kPanel, side * side * kPanel);
+      product<kVectors, false>(
+          args.channels, filters + o * depth, input,
+          {filters_of(next) + o * depth, input_of(next) + args.channels * kPanel / kWinogradOutputs * o},
+          products + (o * side * side + n) * kPanel, side * side * kPanel);
     }
   }
 }

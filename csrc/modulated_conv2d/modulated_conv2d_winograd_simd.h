@@ -64,6 +64,7 @@ struct WinogradConv2d {
   WinogradFilter filter;
   int64_t weight_output, weight_channel;  // from one filter to the next
   bool reversed;                          // whether the last tap of a filter is the first in memory
+  const float* weight_factors;  // (outputs, channels), of the weights in their gradient, null for zeros
 };
 
 // The transformed input and gradient of the output for the products of the gradient in weight: `tiles` tiles
@@ -164,31 +165,32 @@ struct WinogradStripe {
 // args.scale, as winograd_input does the input, with outputs for channels; winograd_pack_* reorder that for
 // the products: `packed` holds `panels` panels, of which this is number `panel`, in winograd_input_parts^2 *
 // winograd_sum_row * panels * panel elements, or winograd_gradient_parts^2 * winograd_sum_outputs * panels *
-// panel; winograd_weight_products multiplies both, for one of the 36 parts and the filters of kWinogradOutputs
-// outputs from `output` and of a panel of channels from `channel` on, into target (kWinogradOutputs, panel),
-// rows target_row apart; winograd_weight_gradient makes the gradient of `count` filters of one output of their
-// sums, those of different parts `stride` apart. args.filter is that of whichever image is the larger.
-#define AVATAR_DECLARE(ISA)                                                                                \
-  namespace ISA {                                                                                          \
-  int64_t winograd_panel();                                                                                \
-  void winograd_weights(const WinogradConv2d& args, int64_t output, float* transformed);                   \
-  void winograd_input(const WinogradConv2d& args, int64_t tile, int64_t end, int64_t channel,              \
-                      int64_t count, float* transformed);                                                  \
-  void winograd_output(const WinogradConv2d& args, int64_t tile, int64_t output, const float* weights,     \
-                       const float* transformed, float* products);                                         \
-  void winograd_up_output(const WinogradConv2d& args, const WinogradStripe& stripe, int64_t tile,          \
-                          int64_t output, const float* weights, const float* transformed, float* products, \
-                          float* bands, float* memory);                                                    \
-  void winograd_gradient(const WinogradConv2d& args, int64_t tile, float* transformed);                    \
-  void winograd_pack_input(const WinogradConv2d& args, const float* transformed, int64_t panel,            \
-                           int64_t panels, float* packed);                                                 \
-  void winograd_pack_gradient(const WinogradConv2d& args, const float* transformed, int64_t panel,         \
-                              int64_t panels, float* packed);                                              \
-  void winograd_weight_products(const WinogradConv2d& args, const WinogradPacked& packed, int64_t part,    \
-                                int64_t output, int64_t channel, bool accumulate, float* target,           \
-                                int64_t target_row);                                                       \
-  void winograd_weight_gradient(const WinogradConv2d& args, int64_t output, int64_t channel, int64_t count, \
-                                const float* sums, int64_t stride, float* grad_weight);                    \
+// panel; winograd_weight_products multiplies both, for one of the 36 parts and the filters of
+// kWinogradOutputs outputs from `output` and of a panel of channels from `channel` on, into target
+// (kWinogradOutputs, panel), rows target_row apart; winograd_weight_gradient makes the gradient of `count`
+// filters of one output of their sums, those of different parts `stride` apart, and adds args.weight times
+// args.weight_factors. args.filter is that of whichever image is the larger.
+#define AVATAR_DECLARE(ISA)                                                                                  \
+  namespace ISA {                                                                                            \
+  int64_t winograd_panel();                                                                                  \
+  void winograd_weights(const WinogradConv2d& args, int64_t output, float* transformed);                     \
+  void winograd_input(const WinogradConv2d& args, int64_t tile, int64_t end, int64_t channel, int64_t count, \
+                      float* transformed);                                                                   \
+  void winograd_output(const WinogradConv2d& args, int64_t tile, int64_t output, const float* weights,       \
+                       const float* transformed, float* products);                                           \
+  void winograd_up_output(const WinogradConv2d& args, const WinogradStripe& stripe, int64_t tile,            \
+                          int64_t output, const float* weights, const float* transformed, float* products,   \
+                          float* bands, float* memory);                                                      \
+  void winograd_gradient(const WinogradConv2d& args, int64_t tile, float* transformed);                      \
+  void winograd_pack_input(const WinogradConv2d& args, const float* transformed, int64_t panel,              \
+                           int64_t panels, float* packed);                                                   \
+  void winograd_pack_gradient(const WinogradConv2d& args, const float* transformed, int64_t panel,           \
+                              int64_t panels, float* packed);                                                \
+  void winograd_weight_products(const WinogradConv2d& args, const WinogradPacked& packed, int64_t part,      \
+                                int64_t output, int64_t channel, bool accumulate, float* target,             \
+                                int64_t target_row);                                                         \
+  void winograd_weight_gradient(const WinogradConv2d& args, int64_t output, int64_t channel, int64_t count,  \
+                                const float* sums, int64_t stride, float* grad_weight);                      \
   }
 AVATAR_FOR_EACH_ISA(AVATAR_DECLARE)
 #undef AVATAR_DECLARE

@@ -231,12 +231,22 @@ inline void deinterleave(Floats (&vectors)[kCount]) {
   }
 }
 
+// What the next products read, left and right, of the same depth: fetched ahead, the right one in as many
+// pieces as there are blocks of rows.
+struct NextFactors {
+  const float* left;
+  const float* right;
+};
+
 // target (kRows, kVectors), rows target_row apart, (+)= left (depth, kRows) transposed times right (depth,
 // kPanel).
 template <int kVectors, bool kAccumulate>
-inline void product(int64_t depth, const float* left, const float* right, float* target, int64_t target_row) {
+inline void product(int64_t depth, const float* left, const float* right, const NextFactors& next,
+                    float* target, int64_t target_row) {
   Floats sums[kRows][kVectors] = {};
   for (int64_t d = 0; d < depth; ++d) {
+    __builtin_prefetch(next.left + d * kRows);
+    __builtin_prefetch(next.right + d * (kPanel * kRows / kWinogradOutputs));
     Floats values[kVectors];
     for (int v = 0; v < kVectors; ++v) values[v] = load(right + v * kLanes);
 #pragma GCC unroll 8

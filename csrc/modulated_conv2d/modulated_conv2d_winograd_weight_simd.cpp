@@ -84,8 +84,19 @@ void transform_sums(const WinogradConv2d& args, int64_t output, int64_t channel,
     for (int64_t lane = 0; lane < kLanes; ++lane) {
       for (int64_t i = 0; i < kTapVectors; ++i) store(filters + lane * kTaps + i * kLanes, rows[i][lane]);
     }
-    float* target = grad_weight + (output * args.channels + channel + c) * kTaps;
-    std::copy_n(filters, std::min(kLanes, count - c) * kTaps, target);
+    const int64_t first = output * args.channels + channel + c, present = std::min(kLanes, count - c);
+    float* __restrict__ target = grad_weight + first * kTaps;
+    if (!args.weight_factors) {
+      std::copy_n(filters, present * kTaps, target);
+      continue;
+    }
+    for (int64_t lane = 0; lane < present; ++lane) {
+      const float* weight = args.weight + (first + lane) * kTaps;
+      const float factor = args.weight_factors[first + lane];
+      for (int64_t tap = 0; tap < kTaps; ++tap) {
+        target[lane * kTaps + tap] = filters[lane * kTaps + tap] + weight[tap] * factor;
+      }
+    }
   }
 }
 
@@ -165,19 +176,26 @@ void winograd_weight_products(const WinogradConv2d& args, const WinogradPacked& 
                               int64_t output, int64_t channel, bool accumulate, float* target,
                               int64_t target_row) {
   const int64_t row = winograd_sum_row(args.channels, kPanel), place = packed.panels * kPanel;
-  PartPair pairs[16];
+  PartPair pairs[32];
   const int64_t num_pairs = find_pairs(args.form, part, pairs);
+  find_pairs(args.form, std::min(part + 1, kWinogradParts - 1), pairs + num_pairs);
+  const auto input_of = [&](int64_t pair) {
+    return packed.inputs + (pairs[pair].input * row + channel) * place;
+  };
+  const auto gradient_of = [&](int64_t pair) {
+    return packed.gradients + (pairs[pair].gradient * winograd_sum_outputs(args.outputs) + output) * place;
+  };
   for (int64_t pair = 0; pair < num_pairs; ++pair) {
-    const float* input = packed.inputs + (pairs[pair].input * row + channel) * place;
-    const float* gradient =
-        packed.gradients + (pairs[pair].gradient * winograd_sum_outputs(args.outputs) + output) * place;
+    const float *input = input_of(pair), *gradient = gradient_of(pair);
     for (int64_t o = 0; o < std::min(kWinogradOutputs, args.outputs - output); o += kRows) {
+      const NextFactors next{gradient_of(pair + 1) + o * place,
+                             input_of(pair + 1) + packed.tiles * kPanel / kWinogradOutputs * o};
       if (accumulate || pair > 0) {
-        product<kPanelVectors, true>(packed.tiles, gradient + o * place, input, target + o * target_row,
+        product<kPanelVectors, true>(packed.tiles, gradient + o * place, input, next, target + o * target_row,
                                      target_row);
       } else {
-        product<kPanelVectors, false>(packed.tiles, gradient + o * place, input, target + o * target_row,
-                                      target_row);
+        product<kPanelVectors, false>(packed.tiles, gradient + o * place, input, next,
+                                      target + o * target_row, target_row);
       }
     }
   }
