@@ -14,23 +14,23 @@ from torch import Tensor
 from ._library import define, reached_inputs, tensor_inputs
 from .upfirdn2d import filter_gradient, transposed
 
-# float32 3x3 convolution and epilogue in one, on the CPU; y and demodulated are written. The geometry is that
-# of Geometry.
+# 3x3 convolution and epilogue in one, on the CPU; y and demodulated are written. Images are of one dtype, not
+# float64, the rest float32. The geometry is that of Geometry. transposed: of transposed_weight(weight).
 define(
     "modulated_conv2d_winograd(Tensor x, Tensor weight, Tensor? styles, Tensor? scale, Tensor? noise, "
     "Tensor? bias, Tensor(a!) y, Tensor(b!)? demodulated, Tensor? f, int up, int down, int before, bool flip, "
-    "float filter_gain, float slope, float gain, float? clamp) -> ()"
+    "float filter_gain, float slope, float gain, float? clamp, bool transposed=False) -> ()"
 )
 # The same without an epilogue: (B, O, height, width). With styles it has no derivative.
 define(
     "modulated_conv2d_shared(Tensor x, Tensor weight, Tensor? styles, Tensor? f, int up, int down, int before, "
-    "bool flip, float filter_gain, int height, int width) -> Tensor"
+    "bool flip, float filter_gain, int height, int width, bool transposed=False) -> Tensor"
 )
 # The gradient in weight of the convolution of x times styles (B, I), from the gradient of its result times scale
-# (B, O). With either it has no derivative.
+# (B, O); plus weight (O, I, 3, 3) times factors (O, I). With any of the four it has no derivative.
 define(
     "modulated_conv2d_winograd_weight(Tensor grad, Tensor x, Tensor? scale, Tensor? styles, Tensor? f, int up, "
-    "int down, int before, bool flip, float filter_gain) -> Tensor"
+    "int down, int before, bool flip, float filter_gain, Tensor? weight=None, Tensor? factors=None) -> Tensor"
 )
 
 # The most taps of a resampling filter in Winograd's form.
@@ -119,17 +119,20 @@ def convolve_backward(
     f: Tensor | None,
     geometry: Geometry,
     needed,
+    wide_weight: Tensor | None = None,
+    weight_factors: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of convolve at x times styles (B, I) from that of its result, which is grad times scale (B, O).
 
-    In x times styles, weight and f where `needed`; from differentiable ops where torch records them.
+    In x times styles, weight and f where `needed`; from differentiable ops where torch records them. That in
+    weight is of the dtype of wide_weight, if given, and gets wide_weight times weight_factors (O, I) added.
     """
     if x.numel() == 0 or weight.numel() == 0:
         return torch.zeros_like(x), torch.zeros_like(weight), None if f is None else torch.zeros_like(f)
     need_x, need_weight, need_f = needed
     k, size = weight.shape[2], grad.shape[2:]
-    back, reversed_weight = geometry.transposed(k, f), transposed_weight(weight)
-    native_x = need_x and winograd_pays(grad, reversed_weight, f, back, x.shape[2:])
+    back = geometry.transposed(k, f)
+    native_x = need_x and winograd_pays(grad, weight, f, back, x.shape[2:])
     # The gradient of that in x is a convolution with `back` too.
     twice = f is not None or back.before >= 0
     native_weight = need_weight and twice and winograd_pays(x, weight, f, geometry, size)
@@ -140,11 +143,33 @@ def convolve_backward(
         grad, scale = _scaled(grad, scale), None
     grad_x = grad_weight = grad_f = None
     if native_x:
-        grad_x, need_x = _shared_convolution(grad, reversed_weight, scale, f, back, x.shape[2:]), False
+        grad_x, need_x = _shared_convolution(grad, weight, scale, f, True, back, x.shape[2:]), False
+    adds = need_weight and weight_factors is not None
     if native_weight:
-        grad_weight, need_weight = _shared_weight_gradient(grad, x, scale, styles, f, geometry), False
-    if not (need_x or need_weight or need_f):
-        return grad_x, grad_weight, grad_f
+        # The op that adds as well has no derivative.
+        added = (wide_weight, weight_factors) if adds and not torch.is_grad_enabled() else ()
+        grad_weight = _shared_weight_gradient(grad, x, scale, styles, f, geometry, *added)
+        adds, need_weight = adds and not added, False
+    if need_x or need_weight or need_f:
+        others = _direct_backward(grad, x, weight, f, geometry, (need_x, need_weight, need_f))
+        grad_x, grad_weight, grad_f = (
+            theirs if own is None else own
+            for own, theirs in zip((grad_x, grad_weight, grad_f), others, strict=True)
+        )
+    if grad_weight is not None and wide_weight is not None:
+        grad_weight = grad_weight.to(wide_weight.dtype)
+    if adds:
+        grad_weight = grad_weight + wide_weight * weight_factors.unsqueeze(-1).unsqueeze(-1)
+    return grad_x, grad_weight, grad_f
+
+
+def _direct_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, f: Tensor | None, geometry: Geometry, needed
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of convolve that are needed, by torch's convolutions."""
+    need_x, need_weight, need_f = needed
+    k, size = weight.shape[2], grad.shape[2:]
+    grad_x = grad_weight = grad_f = None
 
     def convolution_backward(grad, x, weight, stride, padding, transposed, need_x):
         if not (need_x or need_weight):
@@ -157,6 +182,7 @@ def convolve_backward(
 
     flip, gain = geometry.flip, geometry.filter_gain
     if geometry.up == 2:
+        reversed_weight = transposed_weight(weight)
         z_size = _strided_size(x.shape[2:], k)
         sides = _sides(z_size, size, f, geometry.before)
         if need_f:
@@ -165,8 +191,8 @@ def convolve_backward(
         if need_x or need_weight:
             grad_z = transposed(grad, f, z_size, 1, 1, sides, flip, gain)
             direct = convolution_backward(grad_z, x, reversed_weight, 2, 0, True, need_x)
-            grad_x = direct[0] if need_x else grad_x
-            grad_weight = transposed_weight(direct[1]) if need_weight else grad_weight
+            grad_x = direct[0]
+            grad_weight = transposed_weight(direct[1]) if need_weight else None
         return grad_x, grad_weight, grad_f
     if geometry.down == 2:
         z_size = _strided_size(size, k)
@@ -177,9 +203,9 @@ def convolve_backward(
             grad_f = filter_gradient(grad_z, x, f, 1, 1, sides, flip, gain)
         if need_x:
             grad_x = transposed(grad_z, f, x.shape[2:], 1, 1, sides, flip, gain)
-        return grad_x, direct if need_weight else grad_weight, grad_f
-    direct = convolution_backward(grad, x, weight, 1, geometry.before, False, need_x)
-    return direct[0] if need_x else grad_x, direct[1] if need_weight else grad_weight, None
+        return grad_x, direct if need_weight else None, grad_f
+    grad_x, direct = convolution_backward(grad, x, weight, 1, geometry.before, False, need_x)
+    return grad_x, direct if need_weight else None, None
 
 
 def _scaled(images: Tensor, factors: Tensor | None) -> Tensor:
@@ -187,9 +213,15 @@ def _scaled(images: Tensor, factors: Tensor | None) -> Tensor:
 
 
 def _shared_convolution(
-    x: Tensor, weight: Tensor, styles: Tensor | None, f: Tensor | None, geometry: Geometry, size
+    x: Tensor,
+    weight: Tensor,
+    styles: Tensor | None,
+    f: Tensor | None,
+    transposed: bool,
+    geometry: Geometry,
+    size,
 ) -> Tensor:
-    return torch.ops.avatar_ops.modulated_conv2d_shared(x, weight, styles, f, *geometry, *size)
+    return torch.ops.avatar_ops.modulated_conv2d_shared(x, weight, styles, f, *geometry, *size, transposed)
 
 
 def _shared_weight_gradient(
@@ -199,25 +231,27 @@ def _shared_weight_gradient(
     styles: Tensor | None,
     f: Tensor | None,
     geometry: Geometry,
+    weight: Tensor | None = None,
+    factors: Tensor | None = None,
 ) -> Tensor:
-    tensors = (None if t is None else t.contiguous() for t in (grad, x, scale, styles, f))
-    return torch.ops.avatar_ops.modulated_conv2d_winograd_weight(*tensors, *geometry)
+    tensors = [None if t is None else t.contiguous() for t in (grad, x, scale, styles, f, weight, factors)]
+    return torch.ops.avatar_ops.modulated_conv2d_winograd_weight(*tensors[:5], *geometry, *tensors[5:])
 
 
 @torch.library.register_fake("avatar_ops::modulated_conv2d_winograd")
 def _(
     x, weight, styles, scale, noise, bias, y, demodulated, f, up, down, before, flip, filter_gain, slope, gain,
-    clamp,
+    clamp, transposed=False,
 ):  # fmt: skip
     return None
 
 
-def _shared(x, weight, styles, f, up, down, before, flip, filter_gain, height, width):
-    y = x.new_empty(x.shape[0], weight.shape[0], height, width)
+def _shared(x, weight, styles, f, up, down, before, flip, filter_gain, height, width, transposed=False):
+    y = x.new_empty(x.shape[0], weight.shape[1 if transposed else 0], height, width)
     styles, f = (None if t is None else t.contiguous() for t in (styles, f))
     torch.ops.avatar_ops.modulated_conv2d_winograd(
         x.contiguous(), weight.contiguous(), styles, None, None, None, y, None, f, up, down, before, flip,
-        filter_gain, 1.0, 1.0, None,
+        filter_gain, 1.0, 1.0, None, transposed,
     )  # fmt: skip
     return y
 
@@ -226,12 +260,12 @@ torch.library.impl("avatar_ops::modulated_conv2d_shared", "CPU", _shared)
 
 
 @torch.library.register_fake("avatar_ops::modulated_conv2d_shared")
-def _(x, weight, styles, f, up, down, before, flip, filter_gain, height, width):
-    return x.new_empty(x.shape[0], weight.shape[0], height, width)
+def _(x, weight, styles, f, up, down, before, flip, filter_gain, height, width, transposed=False):
+    return x.new_empty(x.shape[0], weight.shape[1 if transposed else 0], height, width)
 
 
 @torch.library.register_fake("avatar_ops::modulated_conv2d_winograd_weight")
-def _(grad, x, scale, styles, f, up, down, before, flip, filter_gain):
+def _(grad, x, scale, styles, f, up, down, before, flip, filter_gain, weight=None, factors=None):
     return x.new_empty(grad.shape[1], x.shape[1], 3, 3)
 
 
@@ -241,7 +275,7 @@ def _refuse_factors(*factors: Tensor | None) -> None:
 
 
 def _setup_shared_context(ctx, inputs, output):
-    x, weight, styles, f, *geometry = inputs
+    x, weight, styles, f, *geometry, ctx.transposed = inputs
     ctx.geometry, ctx.tensors = Geometry(*geometry[:5]), tensor_inputs(inputs)
     ctx.save_for_backward(x, weight, styles, f)
 
@@ -250,8 +284,12 @@ def _shared_backward(ctx, grad):
     x, weight, styles, f = ctx.saved_tensors
     _refuse_factors(styles)
     needed = (*reached_inputs(ctx, ctx.tensors)[:2], False)
+    if ctx.transposed:
+        weight = transposed_weight(weight)
     grad_x, grad_weight, _ = convolve_backward(grad, None, x, None, weight, f, ctx.geometry, needed)
-    return grad_x, grad_weight, *[None] * 9
+    if ctx.transposed and grad_weight is not None:
+        grad_weight = transposed_weight(grad_weight)
+    return grad_x, grad_weight, *[None] * 10
 
 
 torch.library.register_autograd(
@@ -260,22 +298,22 @@ torch.library.register_autograd(
 
 
 def _setup_weight_context(ctx, inputs, output):
-    grad, x, scale, styles, f, *geometry = inputs
+    grad, x, scale, styles, f, *geometry, weight, factors = inputs
     ctx.geometry, ctx.tensors = Geometry(*geometry), tensor_inputs(inputs)
-    ctx.save_for_backward(grad, x, scale, styles, f)
+    ctx.save_for_backward(grad, x, scale, styles, f, weight, factors)
 
 
 def _weight_backward(ctx, grad_weight):
-    grad, x, scale, styles, f = ctx.saved_tensors
-    _refuse_factors(scale, styles)
+    grad, x, scale, styles, f, weight, factors = ctx.saved_tensors
+    _refuse_factors(scale, styles, weight, factors)
     need_grad, need_x = reached_inputs(ctx, ctx.tensors)[:2]
     grad_grad = grad_x = None
     if need_grad:
-        grad_grad = _shared_convolution(x, grad_weight, None, f, ctx.geometry, grad.shape[2:])
+        grad_grad = _shared_convolution(x, grad_weight, None, f, False, ctx.geometry, grad.shape[2:])
     if need_x:
         back = ctx.geometry.transposed(3, f)
-        grad_x = _shared_convolution(grad, transposed_weight(grad_weight), None, f, back, x.shape[2:])
-    return grad_grad, grad_x, *[None] * 8
+        grad_x = _shared_convolution(grad, grad_weight, None, f, True, back, x.shape[2:])
+    return grad_grad, grad_x, *[None] * 10
 
 
 torch.library.register_autograd(

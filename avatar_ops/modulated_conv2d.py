@@ -22,7 +22,13 @@ from ._library import (
 from ._shared_conv2d import Geometry, convolve, convolve_backward, winograd_pays
 from ._small_conv2d import small_convolve, small_pays
 from .bias_act import activation_options, check_bias, sign_from_output
-from .modulated_conv2d_scale import filter_energy, per_channel, pixel_products, scale_and_sum
+from .modulated_conv2d_scale import (
+    filter_energy,
+    per_channel,
+    pixel_products,
+    scale_and_sum,
+    scale_and_sum_in_place,
+)
 
 # resample_filter sums to 1 and may be of the dtype that x accumulates in; noise is (1 or B, 1, ., .).
 # `demodulated` is the result before noise and bias, for the backward pass; empty unless `keep` is set.
@@ -248,13 +254,13 @@ def composed(
     if bias is not None:
         bias = bias.to(dtype).contiguous()
     if not small_pays(x, weight, geometry) and winograd_pays(x, weight, f, geometry, size):
-        y = torch.empty(x.shape[0], weight.shape[0], *size, dtype=dtype)
+        y = x.new_empty(x.shape[0], weight.shape[0], *size)
         z = torch.empty_like(y) if keep else None
         torch.ops.avatar_ops.modulated_conv2d_winograd(
-            x.to(dtype).contiguous(), weight, styles.contiguous(), scale, noise, bias, y, z,
+            x.contiguous(), weight, styles.contiguous(), scale, noise, bias, y, z,
             None if f is None else f.contiguous(), *geometry, slope, gain, clamp,
         )  # fmt: skip
-        return y.to(x.dtype), z.to(x.dtype) if keep else x.new_empty(0)
+        return y, z if keep else x.new_empty(0)
     if small_pays(x, weight, geometry):
         z = small_convolve(x.to(dtype), weight, styles, f, geometry, size)
     elif weight.shape[2] == 1 and weight.shape[0] <= 8 and geometry == (1, 1, 0, False, 1.0):
@@ -345,7 +351,7 @@ def _backward(ctx, grad_y, grad_demodulated):
         # into convolutions that then have none.
         records = torch.is_grad_enabled()
         scale = energy.rsqrt() if demodulate else None
-        grad_weight = grad_styles = grad_x = None
+        per_filter = grad_styles = grad_x = None
         if demodulate:
             if need_weight or need_styles:
                 # d rsqrt(energy) = -rsqrt(energy) / (2 energy) d energy, and demodulated holds the rsqrt.
@@ -355,25 +361,24 @@ def _backward(ctx, grad_y, grad_demodulated):
                     products = pixel_products(grad, demodulated.to(dtype)).to(wide)
                 grad_energy = -0.5 * products / energy
             if need_weight:
-                per_filter = grad_energy.t() @ styles.square()
-                grad_weight = 2 * weight * per_channel(per_filter)
+                per_filter = 2 * (grad_energy.t() @ styles.square())
             if need_styles:
                 grad_styles = 2 * styles * (grad_energy @ energies)
-        grad_modulated, through_weight, grad_f = convolve_backward(
+        grad_modulated, grad_weight, grad_f = convolve_backward(
             grad, None if scale is None else scale.to(dtype), x, styles.to(dtype), filters, f, geometry,
-            (need_x or need_styles, need_weight, need_f),
+            (need_x or need_styles, need_weight, need_f), weight, per_filter,
         )  # fmt: skip
-        if need_weight:
-            through_weight = through_weight.to(wide)
-            grad_weight = through_weight if grad_weight is None else grad_weight + through_weight
         if need_styles:
             if need_x and records:
                 grad_x, through_styles = scale_and_sum(grad_modulated, x, styles)
+            elif need_x:
+                # Memory that comes fresh from the system takes longer than the product.
+                grad_x = grad_modulated
+                through_styles = scale_and_sum_in_place(grad_modulated, x, styles)
             else:
                 through_styles = pixel_products(grad_modulated, x).to(wide)
             grad_styles = through_styles if grad_styles is None else grad_styles + through_styles
         if need_x and grad_x is None:
-            # Memory that comes fresh from the system takes longer than the product.
             grad_x = grad_modulated * factors if records else grad_modulated.mul_(factors)
     gradients = (grad_x, grad_weight, grad_styles, grad_noise, grad_bias if need_bias else None)
     grad_x, grad_weight, grad_styles, grad_noise, grad_bias = (

@@ -5,13 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._library import define
+from ._library import define, forbid_second_derivative
 
 define("modulated_conv2d_scale(Tensor images, Tensor others, Tensor factors) -> (Tensor scaled, Tensor sums)")
 define(
     "modulated_conv2d_scale_backward(Tensor images, Tensor others, Tensor factors, Tensor grad_scaled, "
     "Tensor grad_sums) -> (Tensor grad_images, Tensor grad_others, Tensor grad_factors)"
 )
+# The same with images, contiguous, for the result, and the sums alone: for first derivatives on the CPU.
+define("modulated_conv2d_styles_backward(Tensor(a!) images, Tensor others, Tensor factors) -> Tensor")
+define("modulated_conv2d_sums_backward(Tensor images, Tensor others) -> Tensor")
 
 # weight (O, I, k, k) -> (O, I)
 define("modulated_conv2d_energy(Tensor weight) -> Tensor")
@@ -38,8 +41,20 @@ def per_channel(values: Tensor) -> Tensor:
     return values.unsqueeze(-1).unsqueeze(-1)
 
 
+def scale_and_sum_in_place(images: Tensor, others: Tensor, factors: Tensor) -> Tensor:
+    """Multiplies images (B, C, H, W) by factors (B, C), and returns the sums (B, C) over pixels of images * others."""
+    if images.device.type == "cpu" and images.dtype == factors.dtype and images.is_contiguous():
+        return torch.ops.avatar_ops.modulated_conv2d_styles_backward(images, others, factors)
+    sums = pixel_products(images, others).to(factors.dtype)
+    images.mul_(per_channel(factors).to(images.dtype))
+    return sums
+
+
 def pixel_products(a: Tensor, b: Tensor) -> Tensor:
     """(B, C): sums over the pixels of a * b, without that product in memory."""
+    native = a.device.type == "cpu" and a.dtype == b.dtype and a.dtype in (torch.float32, torch.float64)
+    if native and not torch.is_grad_enabled():
+        return torch.ops.avatar_ops.modulated_conv2d_sums_backward(a, b)
     return (a.flatten(2).unsqueeze(2) @ b.flatten(2).unsqueeze(3)).flatten(1)
 
 
@@ -51,6 +66,19 @@ def _(images, others, factors):
 @torch.library.register_fake("avatar_ops::modulated_conv2d_scale_backward")
 def _(images, others, factors, grad_scaled, grad_sums):
     return images.new_empty(images.shape), images.new_empty(images.shape), factors.new_empty(factors.shape)
+
+
+@torch.library.register_fake("avatar_ops::modulated_conv2d_styles_backward")
+def _(images, others, factors):
+    return factors.new_empty(factors.shape)
+
+
+@torch.library.register_fake("avatar_ops::modulated_conv2d_sums_backward")
+def _(images, others):
+    return images.new_empty(images.shape[:2])
+
+
+forbid_second_derivative("modulated_conv2d_sums_backward")
 
 
 def _setup_context(ctx, inputs, output):

@@ -15,27 +15,45 @@ void for_each_row(int64_t rows, int64_t pixels, const Row& row) {
   });
 }
 
-// images and others (B, C, H, W), factors (B, C) -> images times factors, and the sums (B, C) over pixels of
-// images * others.
-std::tuple<Tensor, Tensor> modulated_conv2d_scale_cpu(const Tensor& images_in, const Tensor& others_in,
-                                                      const Tensor& factors_in) {
-  const Tensor images = torch::stable::contiguous(images_in), others = torch::stable::contiguous(others_in);
-  const Tensor factors = torch::stable::contiguous(factors_in);
-  Tensor scaled = torch::stable::new_empty(images, images.sizes());
-  advise_huge_pages(scaled);
-  Tensor sums = torch::stable::new_empty(factors, factors.sizes());
-  const int64_t rows = factors.numel(), pixels = images.size(2) * images.size(3);
+// The sums (B, C) over pixels of images * others (B, C, H, W), and images times factors (B, C) to `scaled`,
+// which may be `images`; all contiguous.
+Tensor scale_images(const Tensor& images, const Tensor& others, const std::optional<Tensor>& factors,
+                    const std::optional<Tensor>& scaled) {
+  Tensor sums = torch::stable::new_empty(images, {images.size(0), images.size(1)});
+  const int64_t rows = sums.numel(), pixels = images.size(2) * images.size(3);
   dispatch_compute(images.scalar_type(), "modulated_conv2d_scale", [&](auto zero) {
     using T = decltype(zero);
-    const T *image = const_data<T>(images), *other = const_data<T>(others), *factor = const_data<T>(factors);
-    T *target = mutable_data<T>(scaled), *sum = mutable_data<T>(sums);
+    const T *image = const_data<T>(images), *other = const_data<T>(others);
+    const T* factor = scaled ? const_data<T>(*factors) : nullptr;
+    T *target = scaled ? mutable_data<T>(*scaled) : nullptr, *sum = mutable_data<T>(sums);
     for_each_row(rows, pixels, [&](int64_t row) {
       const int64_t first = row * pixels;
-      sum[row] =
-          AVATAR_ISA_CALL(scale_row, image + first, other + first, factor[row], target + first, pixels);
+      sum[row] = AVATAR_ISA_CALL(scale_row, image + first, other + first, target ? factor[row] : T(1),
+                                 target ? target + first : nullptr, pixels);
     });
   });
+  return sums;
+}
+
+// images and others (B, C, H, W), factors (B, C) -> images times factors, and the sums (B, C) over pixels of
+// images * others.
+std::tuple<Tensor, Tensor> modulated_conv2d_scale_cpu(const Tensor& images, const Tensor& others,
+                                                      const Tensor& factors) {
+  Tensor scaled = torch::stable::new_empty(images, images.sizes());
+  advise_huge_pages(scaled);
+  const Tensor sums = scale_images(torch::stable::contiguous(images), torch::stable::contiguous(others),
+                                   torch::stable::contiguous(factors), scaled);
   return {scaled, sums};
+}
+
+// The same into `images`, which are contiguous.
+Tensor modulated_conv2d_styles_backward_cpu(Tensor images, const Tensor& others, const Tensor& factors) {
+  return scale_images(images, torch::stable::contiguous(others), torch::stable::contiguous(factors), images);
+}
+
+Tensor modulated_conv2d_sums_backward_cpu(const Tensor& images, const Tensor& others) {
+  return scale_images(torch::stable::contiguous(images), torch::stable::contiguous(others), std::nullopt,
+                      std::nullopt);
 }
 
 // The gradients of images, others and factors from those of both results.
@@ -73,6 +91,8 @@ std::tuple<Tensor, Tensor, Tensor> modulated_conv2d_scale_backward_cpu(const Ten
 
 STABLE_TORCH_LIBRARY_IMPL(avatar_ops, CPU, m) {
   m.impl("modulated_conv2d_scale", TORCH_BOX(&modulated_conv2d_scale_cpu));
+  m.impl("modulated_conv2d_styles_backward", TORCH_BOX(&modulated_conv2d_styles_backward_cpu));
+  m.impl("modulated_conv2d_sums_backward", TORCH_BOX(&modulated_conv2d_sums_backward_cpu));
   m.impl("modulated_conv2d_scale_backward", TORCH_BOX(&modulated_conv2d_scale_backward_cpu));
 }
 

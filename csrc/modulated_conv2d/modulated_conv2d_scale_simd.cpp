@@ -28,7 +28,7 @@ class ProductSum {
   T rest_ = 0;
 };
 
-template <typename T>
+template <bool kStore, typename T>
 T scale(const T* images, const T* others, T factor, T* scaled, int64_t size) {
   constexpr int64_t kLanes = Lanes<T>::kCount;
   ProductSum<T> sum;
@@ -36,12 +36,13 @@ T scale(const T* images, const T* others, T factor, T* scaled, int64_t size) {
   for (; i + 2 * kLanes <= size; i += 2 * kLanes) {
     const Vector<T> a0 = load(images + i), a1 = load(images + i + kLanes);
     sum.add(a0, load(others + i), a1, load(others + i + kLanes));
+    if (!kStore) continue;
     store(scaled + i, a0 * factor);
     store(scaled + i + kLanes, a1 * factor);
   }
   for (; i < size; ++i) {
     sum.add(images[i], others[i]);
-    scaled[i] = images[i] * factor;
+    if (kStore) scaled[i] = images[i] * factor;
   }
   return sum.total();
 }
@@ -73,7 +74,8 @@ T scale_backward(const T* images, const T* others, const T* grad_scaled, T facto
 
 #define AVATAR_DEFINE(T)                                                                                  \
   T scale_row(const T* images, const T* others, T factor, T* scaled, int64_t size) {                      \
-    return scale(images, others, factor, scaled, size);                                                   \
+    return scaled ? scale<true>(images, others, factor, scaled, size)                                     \
+                  : scale<false>(images, others, factor, scaled, size);                                   \
   }                                                                                                       \
   T scale_backward_row(const T* images, const T* others, const T* grad_scaled, T factor, T grad_sum,      \
                        T* grad_images, T* grad_others, int64_t size) {                                    \

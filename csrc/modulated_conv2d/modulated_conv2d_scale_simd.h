@@ -7,7 +7,8 @@
 
 namespace avatar {
 
-// scale_row: scaled = factor * images; returns the sum of images * others.
+// scale_row: scaled = factor * images, where it is not null, perhaps over images; returns the sum of images *
+// others.
 // scale_backward_row: from the gradients of both, grad_images = factor * grad_scaled + grad_sum * others and
 // grad_others = grad_sum * images; returns the gradient of the factor.
 #define AVATAR_DECLARE_TYPE(T)                                                                       \

@@ -1,4 +1,5 @@
 #include "bias_act/bias_act_simd.h"
+#include "common/narrow.h"
 #include "modulated_conv2d/modulated_conv2d_winograd_tile.h"
 #include "upfirdn2d/upfirdn2d_simd.h"
 
@@ -14,15 +15,23 @@ void multiply_vectors(const WinogradConv2d& args, const float* weights, const fl
   const int64_t input_stride = winograd_image_stride(args.channels, kPanel);
   const int64_t depth = winograd_depth(args.channels);
   const int64_t side = winograd_products(args.form), parts = winograd_input_parts(args.form);
+  const auto filters_of = [&](int64_t n) {
+    return weights +
+           (winograd_weight_part(n / side) * kSide + winograd_weight_part(n % side)) * weight_stride;
+  };
+  const auto input_of = [&](int64_t n) {
+    return transformed +
+           (winograd_image_part(n / side, parts) * parts + winograd_image_part(n % side, parts)) *
+               input_stride;
+  };
   for (int64_t n = 0; n < side * side; ++n) {
-    const int64_t i = n / side, j = n % side;
-    const float* filters =
-        weights + (winograd_weight_part(i) * kSide + winograd_weight_part(j)) * weight_stride;
-    const float* input =
-        transformed + (winograd_image_part(i, parts) * parts + winograd_image_part(j, parts)) * input_stride;
+    const float *filters = filters_of(n), *input = input_of(n);
+    const int64_t next = (n + 1) % (side * side);
     for (int64_t o = 0; o < kWinogradOutputs; o += kRows) {
-      product<kVectors, false>(args.channels, filters + o * depth, input,
-                               products + (o * side * side + n) * kPanel, side * side * kPanel);
+      product<kVectors, false>(
+          args.channels, filters + o * depth, input,
+          {filters_of(next) + o * depth, input_of(next) + args.channels * kPanel / kWinogradOutputs * o},
+          products + (o * side * side + n) * kPanel, side * side * kPanel);
     }
   }
 }
@@ -69,15 +78,63 @@ inline void interleave_row(const float (*parts)[kPanel], int64_t vectors, float*
   }
 }
 
+template <typename Pixel>
+void store_narrow(const float* pixels, int64_t count, Pixel* target) {
+  if (count < kLanes) return store_some_floats(target, load_some(pixels, count), count);
+  for (int64_t i = 0; i + kLanes <= count; i += kLanes) store_floats(target + i, load(pixels + i));
+  store_floats(target + count - kLanes, load(pixels + count - kLanes));
+}
+
+// Finishes rows of narrow pixels in pieces that stay in cache.
+template <typename Pixel>
+void finish_narrow(BiasActRow<float> row, Pixel* y, Pixel* demodulated) {
+  constexpr int64_t kPiece = kTile * kPanel;
+  float results[kPiece], scaled[kPiece];
+  row.output = results;
+  row.scaled = demodulated ? scaled : nullptr;
+  for (int64_t left = row.size; left > 0; left -= kPiece) {
+    row.size = std::min(left, kPiece);
+    bias_act_row(row);
+    store_narrow(results, row.size, y);
+    y += kPiece;
+    if (demodulated) {
+      store_narrow(scaled, row.size, demodulated);
+      demodulated += kPiece;
+    }
+    row.input += kPiece;
+    if (row.noise) row.noise += kPiece;
+  }
+}
+
+template <typename Pixel>
+Pixel* pixel_at(void* images, int64_t pixel) {
+  return images ? static_cast<Pixel*>(images) + pixel : nullptr;
+}
+
 // `count` pixels of row `row` of output channel `output` from column `left` on.
 void finish_pixels(const WinogradConv2d& args, int64_t sample, int64_t output, int64_t row, int64_t left,
                    int64_t count, const float* pixels) {
   const int64_t image = sample * args.outputs + output, pixel = row * args.out_width + left;
   const int64_t target = image * args.out_height * args.out_width + pixel;
-  bias_act_row(BiasActRow<float>{
-      pixels, args.noise ? args.noise + sample * args.noise_stride + pixel : nullptr, args.y + target,
-      args.demodulated ? args.demodulated + target : nullptr, args.scale ? args.scale[image] : 1.f,
-      args.bias ? args.bias[output] : 0.f, args.slope, args.gain, args.clamp, count});
+  BiasActRow<float> finished{pixels,
+                             args.noise ? args.noise + sample * args.noise_stride + pixel : nullptr,
+                             nullptr,
+                             nullptr,
+                             args.scale ? args.scale[image] : 1.f,
+                             args.bias ? args.bias[output] : 0.f,
+                             args.slope,
+                             args.gain,
+                             args.clamp,
+                             count};
+  if (args.pixel == WinogradPixel::bfloat16) {
+    finish_narrow(finished, pixel_at<BFloat16>(args.y, target), pixel_at<BFloat16>(args.demodulated, target));
+  } else if (args.pixel == WinogradPixel::float16) {
+    finish_narrow(finished, pixel_at<Float16>(args.y, target), pixel_at<Float16>(args.demodulated, target));
+  } else {
+    finished.output = pixel_at<float>(args.y, target);
+    finished.scaled = pixel_at<float>(args.demodulated, target);
+    bias_act_row(finished);
+  }
 }
 
 template <typename Kind>

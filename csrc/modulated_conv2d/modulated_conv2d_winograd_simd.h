@@ -33,6 +33,9 @@ constexpr int64_t kWinogradSlack = 64;
 // resampling filter) or the input (the filter, then a convolution of stride 2).
 enum class WinogradForm { plain, up, down };
 
+// What x, y and demodulated are made of.
+enum class WinogradPixel { float32, bfloat16, float16 };
+
 // The resampling filter as a sum of `terms` separable ones, each correlated with (taps) values down and
 // across; output o starts at input o - before.
 struct WinogradFilter {
@@ -44,20 +47,32 @@ struct WinogradFilter {
 // Tiles are counted through samples, rows and columns, and worked on in panels of winograd_panel() tiles.
 struct WinogradConv2d {
   WinogradForm form;
-  const float* x;        // (batch, channels, height, width)
-  const float* weight;   // (outputs, channels, 3, 3)
+  WinogradPixel pixel;
+  const void* x;         // (batch, channels, height, width)
+  const float* weight;   // (outputs, channels, 3, 3), or (channels, outputs, 3, 3)
   const float* styles;   // (batch, channels), null for ones
   const float* scale;    // (batch, outputs), null for ones
   const float* noise;    // (1 or batch, 1, out_height, out_width), null for none
   const float* bias;     // (outputs), null for none
-  float* y;              // (batch, outputs, out_height, out_width)
-  float* demodulated;    // the same before noise and bias, null where not wanted
+  void* y;               // (batch, outputs, out_height, out_width)
+  void* demodulated;     // the same before noise and bias, null where not wanted
   int64_t noise_stride;  // from one sample to the next
   int64_t batch, channels, height, width, outputs, out_height, out_width;
   int64_t padding;  // of the plain form
   int64_t tile_rows, tile_columns;
   float slope, gain, clamp;
   WinogradFilter filter;
+  int64_t weight_output, weight_channel;  // from one filter to the next
+  bool reversed;                          // whether the last tap of a filter is the first in memory
+  const float* weight_factors;  // (outputs, channels), of the weights in their gradient, null for zeros
+};
+
+// The transformed input and gradient of the output for the products of the gradient in weight: `tiles` tiles
+// in memory for `panels` panels.
+struct WinogradPacked {
+  const float* inputs;
+  const float* gradients;
+  int64_t panels, tiles;
 };
 
 // Products in each direction.
@@ -140,8 +155,8 @@ struct WinogradStripe {
 
 // winograd_weights transforms kWinogradOutputs filters from `output` on, into kWinogradParts *
 // winograd_weight_stride elements.
-// winograd_input transforms the panel of tiles from `tile` to before `end`, into `transformed`, of
-// winograd_input_parts^2 * winograd_image_stride elements.
+// winograd_input transforms `count` channels from `channel` on of the panel of tiles from `tile` to before
+// `end`, into `transformed`, of winograd_input_parts^2 * winograd_image_stride elements.
 // winograd_output computes kWinogradOutputs channels from `output` on of that panel from what those two made;
 // `products` is working memory of winograd_products^2 * kWinogradOutputs * panel elements.
 // winograd_up_output does so for the form `up`, with `bands` for these channels' lines and working `memory`
@@ -150,30 +165,32 @@ struct WinogradStripe {
 // args.scale, as winograd_input does the input, with outputs for channels; winograd_pack_* reorder that for
 // the products: `packed` holds `panels` panels, of which this is number `panel`, in winograd_input_parts^2 *
 // winograd_sum_row * panels * panel elements, or winograd_gradient_parts^2 * winograd_sum_outputs * panels *
-// panel; winograd_weight_products multiplies both, for one of the 36 parts and kWinogradOutputs filters from
-// `output` on, into target (kWinogradOutputs, winograd_sum_row); winograd_weight_gradient makes the gradient
-// of one filter of its sums, those of different parts `stride` apart. args.filter is that of whichever image
-// is the larger.
-#define AVATAR_DECLARE(ISA)                                                                                \
-  namespace ISA {                                                                                          \
-  int64_t winograd_panel();                                                                                \
-  void winograd_weights(const WinogradConv2d& args, int64_t output, float* transformed);                   \
-  void winograd_input(const WinogradConv2d& args, int64_t tile, int64_t end, float* transformed);          \
-  void winograd_output(const WinogradConv2d& args, int64_t tile, int64_t output, const float* weights,     \
-                       const float* transformed, float* products);                                         \
-  void winograd_up_output(const WinogradConv2d& args, const WinogradStripe& stripe, int64_t tile,          \
-                          int64_t output, const float* weights, const float* transformed, float* products, \
-                          float* bands, float* memory);                                                    \
-  void winograd_gradient(const WinogradConv2d& args, int64_t tile, float* transformed);                    \
-  void winograd_pack_input(const WinogradConv2d& args, const float* transformed, int64_t panel,            \
-                           int64_t panels, float* packed);                                                 \
-  void winograd_pack_gradient(const WinogradConv2d& args, const float* transformed, int64_t panel,         \
-                              int64_t panels, float* packed);                                              \
-  void winograd_weight_products(const WinogradConv2d& args, int64_t panels, int64_t part, int64_t output,  \
-                                const float* inputs, const float* gradients, bool accumulate,              \
-                                float* target);                                                            \
-  void winograd_weight_gradient(const WinogradConv2d& args, int64_t output, const float* sums,             \
-                                int64_t stride, float* grad_weight);                                       \
+// panel; winograd_weight_products multiplies both, for one of the 36 parts and the filters of
+// kWinogradOutputs outputs from `output` and of a panel of channels from `channel` on, into target
+// (kWinogradOutputs, panel), rows target_row apart; winograd_weight_gradient makes the gradient of `count`
+// filters of one output of their sums, those of different parts `stride` apart, and adds args.weight times
+// args.weight_factors. args.filter is that of whichever image is the larger.
+#define AVATAR_DECLARE(ISA)                                                                                  \
+  namespace ISA {                                                                                            \
+  int64_t winograd_panel();                                                                                  \
+  void winograd_weights(const WinogradConv2d& args, int64_t output, float* transformed);                     \
+  void winograd_input(const WinogradConv2d& args, int64_t tile, int64_t end, int64_t channel, int64_t count, \
+                      float* transformed);                                                                   \
+  void winograd_output(const WinogradConv2d& args, int64_t tile, int64_t output, const float* weights,       \
+                       const float* transformed, float* products);                                           \
+  void winograd_up_output(const WinogradConv2d& args, const WinogradStripe& stripe, int64_t tile,            \
+                          int64_t output, const float* weights, const float* transformed, float* products,   \
+                          float* bands, float* memory);                                                      \
+  void winograd_gradient(const WinogradConv2d& args, int64_t tile, float* transformed);                      \
+  void winograd_pack_input(const WinogradConv2d& args, const float* transformed, int64_t panel,              \
+                           int64_t panels, float* packed);                                                   \
+  void winograd_pack_gradient(const WinogradConv2d& args, const float* transformed, int64_t panel,           \
+                              int64_t panels, float* packed);                                                \
+  void winograd_weight_products(const WinogradConv2d& args, const WinogradPacked& packed, int64_t part,      \
+                                int64_t output, int64_t channel, bool accumulate, float* target,             \
+                                int64_t target_row);                                                         \
+  void winograd_weight_gradient(const WinogradConv2d& args, int64_t output, int64_t channel, int64_t count,  \
+                                const float* sums, int64_t stride, float* grad_weight);                      \
   }
 AVATAR_FOR_EACH_ISA(AVATAR_DECLARE)
 #undef AVATAR_DECLARE

@@ -187,6 +187,16 @@ inline Floats zip_high(Floats a, Floats b, std::index_sequence<kLane...>) {
   return __builtin_shufflevector(a, b, ((kLanes + kLane) / 2 + kLane % 2 * kLanes)...);
 }
 
+template <size_t... kLane>
+inline Floats even_lanes(Floats a, Floats b, std::index_sequence<kLane...>) {
+  return __builtin_shufflevector(a, b, (2 * kLane)...);
+}
+
+template <size_t... kLane>
+inline Floats odd_lanes(Floats a, Floats b, std::index_sequence<kLane...>) {
+  return __builtin_shufflevector(a, b, (2 * kLane + 1)...);
+}
+
 // Of all lanes of kCount vectors in a row, numbered in binary, the highest bit of the numbers becomes the
 // lowest.
 template <int64_t kCount>
@@ -210,15 +220,33 @@ inline void interleave(Floats (&vectors)[kCount]) {
 template <int64_t kCount>
 inline void deinterleave(Floats (&vectors)[kCount]) {
 #pragma GCC unroll 4
-  for (int64_t count = kLanes; count > 1; count /= 2) rotate_lanes(vectors);
+  for (int64_t count = kCount; count > 1; count /= 2) {
+    Floats rotated[kCount];
+    for (int64_t i = 0; i < kCount / 2; ++i) {
+      const Floats a = vectors[2 * i], b = vectors[2 * i + 1];
+      rotated[i] = even_lanes(a, b, std::make_index_sequence<kLanes>());
+      rotated[i + kCount / 2] = odd_lanes(a, b, std::make_index_sequence<kLanes>());
+    }
+    for (int64_t i = 0; i < kCount; ++i) vectors[i] = rotated[i];
+  }
 }
+
+// What the next products read, left and right, of the same depth: fetched ahead, the right one in as many
+// pieces as there are blocks of rows.
+struct NextFactors {
+  const float* left;
+  const float* right;
+};
 
 // target (kRows, kVectors), rows target_row apart, (+)= left (depth, kRows) transposed times right (depth,
 // kPanel).
 template <int kVectors, bool kAccumulate>
-inline void product(int64_t depth, const float* left, const float* right, float* target, int64_t target_row) {
+inline void product(int64_t depth, const float* left, const float* right, const NextFactors& next,
+                    float* target, int64_t target_row) {
   Floats sums[kRows][kVectors] = {};
   for (int64_t d = 0; d < depth; ++d) {
+    __builtin_prefetch(next.left + d * kRows);
+    __builtin_prefetch(next.right + d * (kPanel * kRows / kWinogradOutputs));
     Floats values[kVectors];
     for (int v = 0; v < kVectors; ++v) values[v] = load(right + v * kLanes);
 #pragma GCC unroll 8

@@ -6,27 +6,56 @@ namespace {
 
 // Input channels whose weights one vector holds beside each other.
 constexpr int64_t kWeightChannels = kLanes / kRows;
+// Taps of a filter, and the vectors that hold them.
+constexpr int64_t kTaps = 9, kTapVectors = (kTaps + kLanes - 1) / kLanes;
+constexpr int64_t kPaddedTaps = kTapVectors * kLanes;
 
-// Where tap i of a filter is in memory: a transposed convolution correlates with the reversed filter.
-inline int64_t tap_at(const WinogradConv2d& args, int64_t i) {
-  return args.form == WinogradForm::up ? 8 - i : i;
+// Where tap i of a filter is in memory.
+template <bool kReversed>
+constexpr int64_t tap_at(int64_t i) {
+  return kReversed ? kTaps - 1 - i : i;
 }
 
+// The filters of args.weight, each followed by something to make kPaddedTaps numbers of.
+class Filters {
+ public:
+  explicit Filters(const WinogradConv2d& args)
+      : args_(args), last_at_(args.weight + (args.outputs * args.channels - 1) * kTaps) {
+    std::copy_n(last_at_, kTaps, last_);
+  }
+  const float* at(int64_t output, int64_t channel) const {
+    if (output >= args_.outputs || channel >= args_.channels) return none_;
+    const float* filter = args_.weight + output * args_.weight_output + channel * args_.weight_channel;
+    return filter == last_at_ ? last_ : filter;
+  }
+
+ private:
+  const WinogradConv2d& args_;
+  const float* last_at_;
+  float last_[kPaddedTaps] = {}, none_[kPaddedTaps] = {};
+};
+
 // Layout: (kWinogradParts, kWinogradOutputs / kRows, channels, kRows).
-template <bool kStrided>
+template <bool kStrided, bool kReversed>
 void transform_weights(const WinogradConv2d& args, int64_t output, float* transformed) {
   const int64_t depth = winograd_depth(args.channels), stride = winograd_weight_stride(args.channels);
+  const Filters filters(args);
   for (int64_t o = 0; o < kWinogradOutputs; o += kRows) {
     for (int64_t c = 0; c < depth; c += kWeightChannels) {
-      float filters[9][kLanes] = {};
+      const float* sources[kLanes];
       for (int64_t lane = 0; lane < kLanes; ++lane) {
-        const int64_t row = output + o + lane % kRows, channel = c + lane / kRows;
-        if (row >= args.outputs || channel >= args.channels) continue;
-        const float* filter = args.weight + (row * args.channels + channel) * 9;
-        for (int64_t tap = 0; tap < 9; ++tap) filters[tap][lane] = filter[tap];
+        sources[lane] = filters.at(output + o + lane % kRows, c + lane / kRows);
       }
-      Floats g[9], columns[kSide * 3], w[kSide];
-      for (int64_t tap = 0; tap < 9; ++tap) g[tap] = load(filters[tap_at(args, tap)]);
+      Floats taps[kPaddedTaps];
+#pragma GCC unroll 3
+      for (int64_t first = 0; first < kPaddedTaps; first += kLanes) {
+        Floats rows[kLanes];
+        for (int64_t lane = 0; lane < kLanes; ++lane) rows[lane] = load(sources[lane] + first);
+        interleave(rows);
+        for (int64_t lane = 0; lane < kLanes; ++lane) taps[first + lane] = rows[lane];
+      }
+      Floats g[kTaps], columns[kSide * 3], w[kSide];
+      for (int64_t tap = 0; tap < kTaps; ++tap) g[tap] = taps[tap_at<kReversed>(tap)];
       for (int64_t j = 0; j < 3; ++j) transform_weight<kStrided>(g + j, 3, columns + j, 3);
       for (int64_t i = 0; i < kSide; ++i) {
         transform_weight<kStrided>(columns + i * 3, 1, w, 1);
@@ -38,17 +67,35 @@ void transform_weights(const WinogradConv2d& args, int64_t output, float* transf
   }
 }
 
-template <bool kStrided>
-void transform_sums(const WinogradConv2d& args, int64_t output, const float* sums, int64_t stride,
-                    float* grad_weight) {
-  for (int64_t c = 0; c < args.channels; c += kLanes) {
-    Floats w[kWinogradParts], columns[3 * kSide], g[9];
+template <bool kStrided, bool kReversed>
+void transform_sums(const WinogradConv2d& args, int64_t output, int64_t channel, int64_t count,
+                    const float* sums, int64_t stride, float* grad_weight) {
+  for (int64_t c = 0; c < count; c += kLanes) {
+    Floats w[kWinogradParts], columns[3 * kSide], g[kTaps];
     for (int64_t n = 0; n < kWinogradParts; ++n) w[n] = load(sums + n * stride + c);
     for (int64_t j = 0; j < kSide; ++j) transform_weight_gradient<kStrided>(w + j, kSide, columns + j, kSide);
     for (int64_t i = 0; i < 3; ++i) transform_weight_gradient<kStrided>(columns + i * kSide, 1, g + i * 3, 1);
-    for (int64_t lane = 0; lane < std::min(kLanes, args.channels - c); ++lane) {
-      float* filter = grad_weight + (output * args.channels + c + lane) * 9;
-      for (int64_t tap = 0; tap < 9; ++tap) filter[tap_at(args, tap)] = g[tap][lane];
+    // Each filter is followed by what the next one then covers.
+    float filters[(kLanes - 1) * kTaps + kPaddedTaps];
+    Floats rows[kTapVectors][kLanes] = {};
+    for (int64_t tap = 0; tap < kTaps; ++tap) rows[tap / kLanes][tap % kLanes] = g[tap_at<kReversed>(tap)];
+#pragma GCC unroll 3
+    for (int64_t i = 0; i < kTapVectors; ++i) interleave(rows[i]);
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      for (int64_t i = 0; i < kTapVectors; ++i) store(filters + lane * kTaps + i * kLanes, rows[i][lane]);
+    }
+    const int64_t first = output * args.channels + channel + c, present = std::min(kLanes, count - c);
+    float* __restrict__ target = grad_weight + first * kTaps;
+    if (!args.weight_factors) {
+      std::copy_n(filters, present * kTaps, target);
+      continue;
+    }
+    for (int64_t lane = 0; lane < present; ++lane) {
+      const float* weight = args.weight + (first + lane) * kTaps;
+      const float factor = args.weight_factors[first + lane];
+      for (int64_t tap = 0; tap < kTaps; ++tap) {
+        target[lane * kTaps + tap] = filters[lane * kTaps + tap] + weight[tap] * factor;
+      }
     }
   }
 }
@@ -97,9 +144,11 @@ int64_t find_pairs(WinogradForm form, int64_t part, PartPair* pairs) {
 
 void winograd_weights(const WinogradConv2d& args, int64_t output, float* transformed) {
   if (args.form == WinogradForm::plain) {
-    transform_weights<false>(args, output, transformed);
+    args.reversed ? transform_weights<false, true>(args, output, transformed)
+                  : transform_weights<false, false>(args, output, transformed);
   } else {
-    transform_weights<true>(args, output, transformed);
+    args.reversed ? transform_weights<true, true>(args, output, transformed)
+                  : transform_weights<true, false>(args, output, transformed);
   }
 }
 
@@ -123,35 +172,44 @@ void winograd_pack_gradient(const WinogradConv2d& args, const float* transformed
   }
 }
 
-void winograd_weight_products(const WinogradConv2d& args, int64_t panels, int64_t part, int64_t output,
-                              const float* inputs, const float* gradients, bool accumulate, float* target) {
-  const int64_t row = winograd_sum_row(args.channels, kPanel), tiles = panels * kPanel;
-  PartPair pairs[16];
+void winograd_weight_products(const WinogradConv2d& args, const WinogradPacked& packed, int64_t part,
+                              int64_t output, int64_t channel, bool accumulate, float* target,
+                              int64_t target_row) {
+  const int64_t row = winograd_sum_row(args.channels, kPanel), place = packed.panels * kPanel;
+  PartPair pairs[32];
   const int64_t num_pairs = find_pairs(args.form, part, pairs);
+  find_pairs(args.form, std::min(part + 1, kWinogradParts - 1), pairs + num_pairs);
+  const auto input_of = [&](int64_t pair) {
+    return packed.inputs + (pairs[pair].input * row + channel) * place;
+  };
+  const auto gradient_of = [&](int64_t pair) {
+    return packed.gradients + (pairs[pair].gradient * winograd_sum_outputs(args.outputs) + output) * place;
+  };
   for (int64_t pair = 0; pair < num_pairs; ++pair) {
-    const float* input = inputs + pairs[pair].input * row * tiles;
-    const float* gradient =
-        gradients + (pairs[pair].gradient * winograd_sum_outputs(args.outputs) + output) * tiles;
-    for (int64_t c = 0; c < args.channels; c += kPanel) {
-      for (int64_t o = 0; o < std::min(kWinogradOutputs, args.outputs - output); o += kRows) {
-        if (accumulate || pair > 0) {
-          product<kPanelVectors, true>(tiles, gradient + o * tiles, input + c * tiles, target + o * row + c,
-                                       row);
-        } else {
-          product<kPanelVectors, false>(tiles, gradient + o * tiles, input + c * tiles, target + o * row + c,
-                                        row);
-        }
+    const float *input = input_of(pair), *gradient = gradient_of(pair);
+    for (int64_t o = 0; o < std::min(kWinogradOutputs, args.outputs - output); o += kRows) {
+      const NextFactors next{gradient_of(pair + 1) + o * place,
+                             input_of(pair + 1) + packed.tiles * kPanel / kWinogradOutputs * o};
+      if (accumulate || pair > 0) {
+        product<kPanelVectors, true>(packed.tiles, gradient + o * place, input, next, target + o * target_row,
+                                     target_row);
+      } else {
+        product<kPanelVectors, false>(packed.tiles, gradient + o * place, input, next,
+                                      target + o * target_row, target_row);
       }
     }
   }
 }
 
-void winograd_weight_gradient(const WinogradConv2d& args, int64_t output, const float* sums, int64_t stride,
-                              float* grad_weight) {
+void winograd_weight_gradient(const WinogradConv2d& args, int64_t output, int64_t channel, int64_t count,
+                              const float* sums, int64_t stride, float* grad_weight) {
+  // A transposed convolution correlates with the reversed filter.
   if (args.form == WinogradForm::plain) {
-    transform_sums<false>(args, output, sums, stride, grad_weight);
+    transform_sums<false, false>(args, output, channel, count, sums, stride, grad_weight);
+  } else if (args.form == WinogradForm::up) {
+    transform_sums<true, true>(args, output, channel, count, sums, stride, grad_weight);
   } else {
-    transform_sums<true>(args, output, sums, stride, grad_weight);
+    transform_sums<true, false>(args, output, channel, count, sums, stride, grad_weight);
   }
 }
 

@@ -246,6 +246,68 @@ def test_half_images_take_winograd_in_float32(mode, dtype):
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_images_are_those_of_float32_rounded(mode, dtype, isa):
+    """Of all sizes of numbers and none, in rows that no vector divides, with every part of the epilogue."""
+    ops = torch.ops.avatar_ops
+    up, down = MODES[mode].get("up", 1), MODES[mode].get("down", 1)
+    f = None if mode == "plain" else FILTERS["asymmetric"]
+    geometry = modulated_conv2d._geometry(3, f, 1, up, down)
+    for height, width in ((18, 150), (8, 10), (5, 3)):
+        x, weight, styles = image_layer(3, 16, 18, height, width)
+        x = (x * 10.0 ** torch.randint(-9, 5, (3, 16, 1, 1))).to(dtype)
+        x[0, 0, 0, 0], x[1, 2, -1, -1] = torch.nan, torch.inf
+        scale = 10.0 ** torch.randint(-6, 1, (3, 18))
+        size = [n * up // down for n in (height, width)]
+        noise, bias = torch.randn(3, 1, *size), torch.randn(18)
+        results = []
+        for images in (x, x.float()):
+            y = images.new_empty(3, 18, *size)
+            demodulated = torch.empty_like(y)
+            ops.modulated_conv2d_winograd(
+                images, weight, styles, scale, noise, bias, y, demodulated, f, *geometry, 0.2, 1.4, None
+            )
+            results.append((y.to(dtype), demodulated.to(dtype)))
+        for half, wide in zip(*results, strict=True):
+            torch.testing.assert_close(half, wide, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_transposed_weight_is_read_as_it_is(mode, isa):
+    ops = torch.ops.avatar_ops
+    f = None if mode == "plain" else FILTERS["asymmetric"]
+    geometry = modulated_conv2d._geometry(3, f, 1, MODES[mode].get("up", 1), MODES[mode].get("down", 1))
+    x, weight = torch.randn(2, 19, 12, 12), torch.randn(19, 34, 3, 3)
+    size = {"plain": 12, "up": 24, "down": 6}[mode]
+    actual = ops.modulated_conv2d_shared(x, weight, None, f, *geometry, size, size, True)
+    turned = shared_conv2d.transposed_weight(weight)
+    assert torch.equal(actual, ops.modulated_conv2d_shared(x, turned, None, f, *geometry, size, size))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_weight_times_factors_is_added_to_its_gradient(mode, isa):
+    """With all sums at once and with those of several blocks of tiles."""
+    ops = torch.ops.avatar_ops
+    f = None if mode == "plain" else FILTERS["asymmetric"]
+    geometry = modulated_conv2d._geometry(3, f, 1, MODES[mode].get("up", 1), MODES[mode].get("down", 1))
+    for batch, size in ((1, 12), (2, 48)):
+        x, weight, factors = (
+            torch.randn(batch, 33, size, size),
+            torch.randn(37, 33, 3, 3),
+            torch.randn(37, 33),
+        )
+        grad_size = {"plain": size, "up": 2 * size, "down": size // 2}[mode]
+        grad = torch.randn(batch, 37, grad_size, grad_size)
+        plain = ops.modulated_conv2d_winograd_weight(grad, x, None, None, f, *geometry)
+        actual = ops.modulated_conv2d_winograd_weight(grad, x, None, None, f, *geometry, weight, factors)
+        torch.testing.assert_close(actual, plain + weight * factors[:, :, None, None])
+        leaf = grad.clone().requires_grad_()
+        added = ops.modulated_conv2d_winograd_weight(leaf, x, None, None, f, *geometry, weight, factors)
+        with pytest.raises(RuntimeError, match="has no derivative"):
+            added.sum().backward()
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_opcheck_where_winograd_pays(mode):
     x, weight, styles = (t.requires_grad_() for t in image_layer(1, 16, 16, 32, 32))
     f = None if mode == "plain" else torch.tensor([1.0, 3, 3, 1]) / 8
@@ -258,7 +320,9 @@ def test_opcheck_where_winograd_pays(mode):
         (x, weight, styles, f, None, None, True, up, down, 1, 0.2, 1.4, None, 1e-8, True),
     )
     size = y.shape[2:]
-    torch.library.opcheck(ops.modulated_conv2d_shared.default, (x, weight, None, f, *geometry, *size))
+    for transposed in (False, True):
+        arguments = (x, weight, None, f, *geometry, *size, transposed)
+        torch.library.opcheck(ops.modulated_conv2d_shared.default, arguments)
     grad = torch.randn(y.shape, requires_grad=True)
     torch.library.opcheck(ops.modulated_conv2d_winograd_weight.default, (grad, x, None, None, f, *geometry))
 
