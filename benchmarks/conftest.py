@@ -20,8 +20,10 @@ def compare(benchmark):
 
 
 @pytest.fixture(autouse=True)
-def _seeded():
+def _fresh():
+    """Random numbers and compiled peers of each case are its own: torch compiles a function a few times only."""
     torch.manual_seed(0)
+    torch._dynamo.reset()
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
