@@ -1,3 +1,4 @@
+#include "common/huge_pages.h"
 #include "edge_conv/edge_conv_plan.h"
 
 namespace avatar {
@@ -46,6 +47,7 @@ std::tuple<Tensor, Tensor> edge_conv_cpu(const Tensor& x_in, const Tensor& neigh
   Tensor slots = keep_slots ? torch::stable::new_empty(x, {batch, num_points, stride}, slot_type(k))
                             : torch::stable::new_empty(x, {0}, slot_type(k));
   Tensor products = torch::stable::new_empty(x, {batch, num_points, stride});
+  for (const Tensor& fresh : {output, slots, products}) advise_huge_pages(fresh);
   FirstBad bad;
   dispatch_compute(x.scalar_type(), "edge_conv", [&](auto zero) {
     using T = decltype(zero);

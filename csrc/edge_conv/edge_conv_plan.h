@@ -131,19 +131,20 @@ void for_each_block(const EdgePlan<T>& plan, int64_t scratch_size, const Body& b
   });
 }
 
-// Padded rows of x - reference (or of x, with null) of a block.
+// Padded rows of x of a block.
 template <typename T>
-void copy_rows(const EdgePlan<T>& plan, const EdgeBlock& block, const T* reference, T* tile) {
+void copy_rows(const EdgePlan<T>& plan, const EdgeBlock& block, T* tile) {
   for (int64_t row = block.begin; row < block.end; ++row, tile += plan.input_stride) {
-    const T* x = plan.x + (block.cloud * plan.num_points + row) * plan.inputs;
-    for (int64_t c = 0; c < plan.inputs; ++c) tile[c] = reference == nullptr ? x[c] : x[c] - reference[c];
+    std::copy_n(plan.x + (block.cloud * plan.num_points + row) * plan.inputs, plan.inputs, tile);
     std::fill(tile + plan.inputs, tile + plan.input_stride, T(0));
   }
 }
 
 template <typename T>
 void copy_centered_rows(const EdgePlan<T>& plan, const EdgeBlock& block, T* tile) {
-  copy_rows(plan, block, plan.reference.data() + block.cloud * plan.input_stride, tile);
+  const T* x = plan.x + (block.cloud * plan.num_points + block.begin) * plan.inputs;
+  const T* reference = plan.reference.data() + block.cloud * plan.input_stride;
+  AVATAR_ISA_CALL(edge_conv_center, x, block.rows(), plan.inputs, reference, tile, plan.input_stride);
 }
 
 // q of all points, padded; returns whether it is free of NaN.
@@ -160,9 +161,9 @@ bool neighbor_products(const EdgePlan<T>& plan, T* q) {
         plan.inputs, plan.stride,
         false};
     AVATAR_ISA_CALL(matrix_product, product);
-    int64_t unordered = 0;
-    for (int64_t i = 0; i < block.rows() * plan.stride; ++i) unordered += product.c[i] != product.c[i];
-    if (unordered) ordered.store(false, std::memory_order_relaxed);
+    if (AVATAR_ISA_CALL(edge_conv_has_nan, product.c, block.rows() * plan.stride)) {
+      ordered.store(false, std::memory_order_relaxed);
+    }
   });
   return ordered;
 }
@@ -278,7 +279,7 @@ std::vector<double> edge_gradients(const EdgePlan<T>& plan, const ReverseAdjacen
       AVATAR_ISA_CALL(matrix_product, from_own);
       AVATAR_ISA_CALL(matrix_product, from_neighbor);
       copy_centered_rows(plan, block, centered);
-      if (!center_own) copy_rows<T>(plan, block, nullptr, raw);
+      if (!center_own) copy_rows(plan, block, raw);
       for (int64_t row = block.begin; row < block.end; ++row) {
         const int64_t at = (row - block.begin) * plan.input_stride;
         std::copy_n(grad_tile + at, plan.inputs, grad_x + (first_row + row) * plan.inputs);

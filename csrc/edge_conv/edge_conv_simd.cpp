@@ -13,6 +13,9 @@ constexpr int kPanelVectors = kVectorBytes == 64 ? 4 : 2;
 // The same where there is only a minimum to hold.
 constexpr int kWidePanelVectors = 8;
 
+// q is fetched for so many rows ahead: it may come from the third-level cache, or from memory.
+constexpr int64_t kAhead = 2;
+
 template <typename Slot>
 constexpr Slot kNone = std::is_same_v<Slot, uint8_t> ? Slot(kNoByteSlot) : Slot(kNoSlot);
 
@@ -41,7 +44,19 @@ struct RowSlots {
   int64_t first, count, bad;
 };
 
+// Whether all slots hold one.
+inline bool is_full_row(const int64_t* neighbors, int64_t k, int64_t num_points) {
+  // The sign of either is set where a neighbour is below 0 or too large.
+  uint64_t signs = 0;
+  for (int64_t slot = 0; slot < k; ++slot) {
+    const uint64_t neighbor = static_cast<uint64_t>(neighbors[slot]);
+    signs |= neighbor | (static_cast<uint64_t>(num_points) - 1 - neighbor);
+  }
+  return signs >> 63 == 0;
+}
+
 RowSlots row_slots(const int64_t* neighbors, int64_t k, int64_t num_points) {
+  if (k > 0 && is_full_row(neighbors, k, num_points)) return {0, k, -1};
   RowSlots found{-1, 0, -1};
   for (int64_t slot = k - 1; slot >= 0; --slot) {
     if (neighbors[slot] < -1 || neighbors[slot] >= num_points) found.bad = slot;
@@ -51,6 +66,35 @@ RowSlots row_slots(const int64_t* neighbors, int64_t k, int64_t num_points) {
     }
   }
   return found;
+}
+
+// Asks for q of a row's neighbours.
+template <typename T>
+void fetch_neighbors(const EdgeCloud<T>& cloud, int64_t row) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  const int64_t* neighbors = cloud.neighbors + row * cloud.k;
+  for (int64_t slot = 0; slot < cloud.k; ++slot) {
+    if (neighbors[slot] < 0 || neighbors[slot] >= cloud.num_points) continue;
+    const T* q = cloud.q + neighbors[slot] * cloud.stride;
+    for (int64_t c = 0; c < cloud.stride; c += kLine) __builtin_prefetch(q + c);
+  }
+  // Without this GCC takes a function that only fetches for one that does nothing, and drops its calls.
+  asm volatile("");
+}
+
+// Smallest q over the neighbours of a row in which no slot is empty; there is no NaN.
+template <int kVectors, typename T>
+void smallest_of_all(const T* q, int64_t stride, const int64_t* neighbors, int64_t k,
+                     Vector<T> (&best_out)[kVectors]) {
+  constexpr int64_t kLanes = Lanes<T>::kCount;
+  Vector<T> best[kVectors];
+  for (int v = 0; v < kVectors; ++v) best[v] = load(q + neighbors[0] * stride + v * kLanes);
+#pragma GCC unroll 4
+  for (int64_t slot = 1; slot < k; ++slot) {
+    const T* other = q + neighbors[slot] * stride;
+    for (int v = 0; v < kVectors; ++v) best[v] = smaller(load(other + v * kLanes), best[v]);
+  }
+  for (int v = 0; v < kVectors; ++v) best_out[v] = best[v];
 }
 
 // Smallest q over the row's neighbours, the first on ties; NaN is smaller than all. kOrdered: there is no
@@ -123,6 +167,8 @@ void gather_panel(const EdgeGatherArgs<T>& args, int64_t row, int64_t column, co
     smallest<kVectors, true, kOrdered>(q, cloud.stride, neighbors, present.first, cloud.k, best, slots);
     Slot* target = static_cast<Slot*>(args.slots) + row * cloud.stride + column;
     for (int v = 0; v < kVectors; ++v) SlotLanes<T, Slot>::store(target + v * kLanes, slots[v]);
+  } else if (kOrdered && present.count == cloud.k) {
+    smallest_of_all<kVectors>(q, cloud.stride, neighbors, cloud.k, best);
   } else {
     smallest<kVectors, false, kOrdered>(q, cloud.stride, neighbors, present.first, cloud.k, best, slots);
   }
@@ -164,6 +210,7 @@ int64_t gather(const EdgeGatherArgs<T>& args, int64_t begin, int64_t end, const 
     const int64_t* neighbors = cloud.neighbors + row * cloud.k;
     Slot* slots = args.slots == nullptr ? nullptr : static_cast<Slot*>(args.slots) + row * cloud.stride;
     T* output = args.output + row * cloud.channels;
+    if (row + kAhead < end) fetch_neighbors(cloud, row + kAhead);
     const RowSlots present = row_slots(neighbors, cloud.k, cloud.num_points);
     if (present.bad >= 0) return row * cloud.k + present.bad;
     if (present.count == 0) {
@@ -316,6 +363,33 @@ void reverse(const EdgeReverseArgs<T>& args, int64_t begin, int64_t end, T* grad
 }
 
 template <typename T>
+bool has_nan(const T* values, int64_t count) {
+  Index<T> unordered = {};
+  for (int64_t i = 0; i < count; i += Lanes<T>::kCount) {
+    const Vector<T> value = load(values + i);
+    unordered |= value != value;
+  }
+  bool found = false;
+  for (int lane = 0; lane < Lanes<T>::kCount; ++lane) found |= unordered[lane] != 0;
+  return found;
+}
+
+template <typename T>
+void center_rows(const T* x, int64_t rows, int64_t inputs, const T* reference, T* centered, int64_t stride) {
+  constexpr int64_t kLanes = Lanes<T>::kCount;
+  for (int64_t row = 0; row < rows; ++row, x += inputs, centered += stride) {
+    int64_t c = 0;
+    for (; c + kLanes <= inputs; c += kLanes) {
+      // The block after this one, which is next as a rule.
+      __builtin_prefetch(x + c + rows * inputs, 0, 2);
+      store(centered + c, load(x + c) - load(reference + c));
+    }
+    for (; c < inputs; ++c) centered[c] = x[c] - reference[c];
+    for (; c < stride; ++c) centered[c] = 0;
+  }
+}
+
+template <typename T>
 int64_t gather_any(const EdgeGatherArgs<T>& args, int64_t begin, int64_t end, const T* u,
                    EdgeStatistics<T>* statistics) {
   const auto run = [&](auto slot) {
@@ -343,6 +417,13 @@ void reverse_any(const EdgeReverseArgs<T>& args, int64_t begin, int64_t end, T* 
 }  // namespace
 
 #define AVATAR_DEFINE(T)                                                                                    \
+  bool edge_conv_has_nan(const T* values, int64_t count) {                                                  \
+    return has_nan(values, count);                                                                          \
+  }                                                                                                         \
+  void edge_conv_center(const T* x, int64_t rows, int64_t inputs, const T* reference, T* centered,          \
+                        int64_t stride) {                                                                   \
+    center_rows(x, rows, inputs, reference, centered, stride);                                              \
+  }                                                                                                         \
   int64_t edge_conv_gather(const EdgeGatherArgs<T>& args, int64_t begin, int64_t end, const T* u,           \
                            EdgeStatistics<T>* statistics) {                                                 \
     return gather_any(args, begin, end, u, statistics);                                                     \

@@ -72,6 +72,8 @@ struct EdgeReverseArgs {
   const T* q;            // padded, the cloud's, needed with centers
 };
 
+// edge_conv_center: padded rows of x - reference, of x (rows, inputs).
+// edge_conv_has_nan: whether any of the values is NaN; their number is a multiple of kColumnPad.
 // edge_conv_gather: rows [begin, end) of a cloud with u padded (end - begin, stride); adds to statistics
 //   unless null; returns the flat position of the first neighbour out of range, or -1.
 // edge_conv_norm_backward: rows [begin, end); adds to the padded sums of grad_linear and of grad_linear times
@@ -79,6 +81,9 @@ struct EdgeReverseArgs {
 // edge_conv_reverse: points [begin, end) of a cloud; writes the padded sums of grad_linear over the edges
 //   where the point was the largest and, with centers, of h - mean over all its edges.
 #define AVATAR_DECLARE_TYPE(T)                                                                              \
+  bool edge_conv_has_nan(const T* values, int64_t count);                                                   \
+  void edge_conv_center(const T* x, int64_t rows, int64_t inputs, const T* reference, T* centered,          \
+                        int64_t stride);                                                                    \
   int64_t edge_conv_gather(const EdgeGatherArgs<T>& args, int64_t begin, int64_t end, const T* u,           \
                            EdgeStatistics<T>* statistics);                                                  \
   void edge_conv_norm_backward(const EdgeNormBackwardArgs<T>& args, int64_t begin, int64_t end, const T* u, \

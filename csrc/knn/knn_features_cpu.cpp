@@ -1,3 +1,4 @@
+#include <cmath>
 #include <memory>
 #include <mutex>
 
@@ -8,6 +9,8 @@ namespace {
 
 // Candidates that a worker keeps at a time, in bytes, where the points are not the queries.
 constexpr int64_t kBlockBytes = int64_t{1} << 20;
+// Fewer points are searched without a sample of them.
+constexpr int64_t kLeastSampled = 1024;
 
 template <typename T>
 class FeatureSearcher {
@@ -37,7 +40,11 @@ class FeatureSearcher {
     if (search_.own_queries && search_.k <= kSortedSlots && enough_pairs()) {
       search_pairs();
     } else {
-      search_blocks();
+      std::vector<Queries> all;
+      for (const int64_t cloud : clouds_) {
+        all.push_back({cloud, query_order_ + search_.query_clouds.leaf[cloud] * kLeaf, query_counts_[cloud]});
+      }
+      search_blocks(all);
     }
   }
 
@@ -53,14 +60,29 @@ class FeatureSearcher {
   // Candidates of some queries.
   struct Lists {
     Lists(int64_t queries, int64_t capacity)
-        : limits(queries + kLimitPad), counts(queries, 0), candidates(new Candidate<T>[queries * capacity]) {}
-    std::vector<T> limits;
+        : limits(queries + kLimitPad),
+          guesses(queries, std::numeric_limits<T>::infinity()),
+          counts(queries, 0),
+          candidates(new Candidate<T>[queries * capacity]) {}
+    std::vector<T> limits, guesses;
     std::vector<int32_t> counts;
     std::unique_ptr<Candidate<T>[]> candidates;
   };
 
-  struct BlockTask {
-    int64_t cloud, begin, end;
+  // Rows of a cloud of queries.
+  struct Queries {
+    int64_t cloud;
+    const int32_t* rows;
+    int64_t count;
+  };
+
+  // A part of a cloud's points, in leaves.
+  struct Sample {
+    std::vector<T> coordinates, norms;
+    int64_t rank = 0;
+    FeatureSample<T> view() const {
+      return {coordinates.data(), norms.data(), static_cast<int64_t>(norms.size()) / kLeaf, rank};
+    }
   };
 
   FeatureSearchArgs<T> feature_args(int64_t cloud, Worker& worker, T* tiles) const {
@@ -81,22 +103,22 @@ class FeatureSearcher {
     for (int64_t i = 0; i < count; ++i) limits[i] = rows[i] < 0 ? kInfinity : -kInfinity;
   }
 
-  void search_blocks() const {
+  void search_blocks(const std::vector<Queries>& all) const {
     const int64_t list_bytes = capacity_ * static_cast<int64_t>(sizeof(Candidate<T>));
     const int64_t size = std::clamp<int64_t>(kBlockBytes / list_bytes, 12, kFeatureBlock);
-    std::vector<BlockTask> tasks;
-    for (const int64_t cloud : clouds_) {
-      for (int64_t begin = 0; begin < query_counts_[cloud]; begin += size) {
-        tasks.push_back({cloud, begin, std::min(begin + size, query_counts_[cloud])});
+    std::vector<Queries> tasks;
+    for (const auto& [cloud, rows, count] : all) {
+      for (int64_t begin = 0; begin < count; begin += size) {
+        tasks.push_back({cloud, rows + begin, std::min(size, count - begin)});
       }
     }
     for_each_task(static_cast<int64_t>(tasks.size()), [&](Worker& worker) {
       return [&, lists = Lists(size, capacity_), norms = std::vector<T>(size),
               tiles = std::vector<T>(kFeatureBlock * dims_)](int64_t task) mutable {
-        const auto [cloud, begin, end] = tasks[task];
-        const int count = static_cast<int>(end - begin);
+        const int64_t cloud = tasks[task].cloud;
+        const int32_t* rows = tasks[task].rows;
+        const int count = static_cast<int>(tasks[task].count);
         const FeatureSearchArgs<T> args = feature_args(cloud, worker, tiles.data());
-        const int32_t* rows = query_order_ + search_.query_clouds.leaf[cloud] * kLeaf + begin;
         for (int i = 0; i < count; ++i) {
           norms[i] = 0;
           for (int64_t d = 0; d < dims_; ++d) {
@@ -106,7 +128,11 @@ class FeatureSearcher {
         }
         reset(lists.limits.data(), rows, count);
         std::fill(lists.counts.begin(), lists.counts.end(), 0);
-        const FeatureQueries<T> queries{rows, norms.data(), lists.limits.data(), lists.counts.data(),
+        const FeatureQueries<T> queries{rows,
+                                        norms.data(),
+                                        lists.limits.data(),
+                                        lists.guesses.data(),
+                                        lists.counts.data(),
                                         lists.candidates.get()};
         AVATAR_ISA_CALL(feature_search, args, queries, count);
         AVATAR_ISA_CALL(feature_finish, args, queries, count);
@@ -122,6 +148,30 @@ class FeatureSearcher {
     for (const int64_t cloud : clouds_) pairs += (blocks_of(counts_[cloud]) + 1) / 2;
     const int64_t threads = torch::stable::get_num_threads();
     return threads == 1 || pairs >= 2 * threads;
+  }
+
+  // Points at equal distances in the order; none where the last neighbour's rank among them would be too far
+  // from the first to tell much.
+  Sample sample_of(int64_t cloud) const {
+    const int64_t count = counts_[cloud];
+    if (count < kLeastSampled) return {};
+    const int64_t leaves = std::min(static_cast<int64_t>(std::sqrt(double(count)) / 11), kMostSampleLeaves);
+    // Neighbours in the sample, on average; there is one in two hundred chance of `rank` or more.
+    const double neighbors = double(slots_of(search_.k, count) + 1) * double(leaves * kLeaf) / double(count);
+    const auto rank = static_cast<int64_t>(std::ceil(neighbors + 2.2 * std::sqrt(neighbors) + 1));
+    if (rank > kLeaf / 2) return {};
+    Sample sample{std::vector<T>(leaves * dims_ * kLeaf), std::vector<T>(leaves * kLeaf), rank};
+    const int64_t first_leaf = search_.clouds.leaf[cloud];
+    const T* coordinates = const_data<T>(search_.index.coordinates) + first_leaf * dims_ * kLeaf;
+    const T* norms = const_data<T>(search_.index.bounds) + first_leaf * kLeaf;
+    for (int64_t i = 0; i < leaves * kLeaf; ++i) {
+      const int64_t place = i * count / (leaves * kLeaf);
+      const T* from = coordinates + place / kLeaf * dims_ * kLeaf + place % kLeaf;
+      T* to = sample.coordinates.data() + i / kLeaf * dims_ * kLeaf + i % kLeaf;
+      for (int64_t d = 0; d < dims_; ++d) to[d * kLeaf] = from[d * kLeaf];
+      sample.norms[i] = norms[place];
+    }
+    return sample;
   }
 
   void search_pairs() const {
@@ -140,9 +190,9 @@ class FeatureSearcher {
     };
     const auto queries_of = [&](int64_t cloud, int64_t offset) {
       const int64_t place = search_.clouds.leaf[cloud] * kLeaf + offset;
-      return FeatureQueries<T>{query_order_ + place, const_data<T>(search_.index.bounds) + place,
-                               lists.limits.data() + place, lists.counts.data() + place,
-                               lists.candidates.get() + place * capacity_};
+      return FeatureQueries<T>{query_order_ + place,        const_data<T>(search_.index.bounds) + place,
+                               lists.limits.data() + place, lists.guesses.data() + place,
+                               lists.counts.data() + place, lists.candidates.get() + place * capacity_};
     };
     const auto args_of = [&](int64_t n, Worker& worker) {
       return feature_args(clouds_[n], worker, tiles.get() + first_block[n] * kFeatureBlock * dims_);
@@ -159,10 +209,15 @@ class FeatureSearcher {
         };
       });
     };
+    std::vector<Sample> samples(search_.clouds.count());
+    parallel_tasks(static_cast<int64_t>(clouds_.size()),
+                   [&](int64_t n) { samples[clouds_[n]] = sample_of(clouds_[n]); });
     for_each_block([&](const FeatureSearchArgs<T>& args, int64_t cloud, int64_t leaf, int64_t points) {
       const FeatureQueries<T> queries = queries_of(cloud, leaf * kLeaf);
       reset(queries.limits, queries.rows, points);
       AVATAR_ISA_CALL(feature_pack, args, leaf);
+      const FeatureSample<T> sample = samples[cloud].view();
+      if (sample.leaves) AVATAR_ISA_CALL(feature_guess, args, queries_of(cloud, 0), sample, leaf);
     });
     std::vector<std::mutex> in_use(first_block.back());
     for_each_task(first_pair.back(), [&](Worker& worker) {
@@ -183,6 +238,21 @@ class FeatureSearcher {
     for_each_block([&](const FeatureSearchArgs<T>& args, int64_t cloud, int64_t leaf, int64_t points) {
       AVATAR_ISA_CALL(feature_finish, args, queries_of(cloud, leaf * kLeaf), static_cast<int>(points));
     });
+    search_again(lists.counts.data());
+  }
+
+  // Without a guess, the queries whose guess was too small.
+  void search_again(const int32_t* counts) const {
+    std::vector<std::vector<int32_t>> rows(search_.clouds.count());
+    std::vector<Queries> again;
+    for (const int64_t cloud : clouds_) {
+      const int64_t place = search_.clouds.leaf[cloud] * kLeaf;
+      for (int64_t i = 0; i < counts_[cloud]; ++i) {
+        if (counts[place + i] == kIncomplete) rows[cloud].push_back(query_order_[place + i]);
+      }
+      again.push_back({cloud, rows[cloud].data(), static_cast<int64_t>(rows[cloud].size())});
+    }
+    search_blocks(again);
   }
 
   // All pairs of blocks, each with itself too, in rounds in which every block appears once.

@@ -62,9 +62,21 @@ struct FeatureQueries {
   const int32_t* rows;  // within the cloud; -1 for none
   const T* norms;       // squared norms of the centred queries
   T* limits;
-  int32_t* counts;
+  T* guesses;                // the limits hold if there are enough candidates no farther than this
+  int32_t* counts;           // of candidates; at the end kIncomplete where the guess was too small
   Candidate<T>* candidates;  // (queries, capacity)
 };
+constexpr int32_t kIncomplete = -1;
+
+// Some points of a cloud, in leaves as the others. The distance of the `rank`-th of them is most likely
+// larger than that of the last neighbour among all points.
+template <typename T>
+struct FeatureSample {
+  const T* coordinates;  // (leaves, dims, kLeaf), centred
+  const T* norms;        // (leaves, kLeaf)
+  int64_t leaves, rank;
+};
+constexpr int64_t kMostSampleLeaves = 32;
 
 template <typename T>
 struct FeatureSearchArgs : SearchArgs<T> {
@@ -105,11 +117,14 @@ constexpr int64_t feature_capacity(int64_t slots) {
 // feature_pack, feature_pair: where a cloud's points are the queries, in the same order. The first packs the
 //   tiles of the block of kFeatureBlock points that begins with a leaf; the second multiplies two such
 //   blocks, or one with itself, and each product serves the queries of both.
+// feature_guess: sets the limits of a packed block of queries by a sample of the points.
 // feature_finish: measures the candidates of `count` queries and writes their rows of distances and indices.
 #define AVATAR_DECLARE_TYPE(T)                                                                            \
   void tree_search(const TreeSearchArgs<T>& args, int64_t begin, int64_t end);                            \
   void feature_search(const FeatureSearchArgs<T>& args, const FeatureQueries<T>& queries, int count);     \
   void feature_pack(const FeatureSearchArgs<T>& args, int64_t leaf);                                      \
+  void feature_guess(const FeatureSearchArgs<T>& args, const FeatureQueries<T>& queries,                  \
+                     const FeatureSample<T>& sample, int64_t leaf);                                       \
   void feature_pair(const FeatureSearchArgs<T>& args, const FeatureQueries<T>& queries, int64_t row_leaf, \
                     int64_t column_leaf);                                                                 \
   void feature_finish(const FeatureSearchArgs<T>& args, const FeatureQueries<T>& queries, int count);

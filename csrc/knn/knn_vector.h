@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
 
 #if defined(__SSE2__)
 #include <immintrin.h>
@@ -173,6 +174,29 @@ inline DoubleVector larger(DoubleVector a, DoubleVector b) {
 #else
   return a > b ? a : b;
 #endif
+}
+
+template <int kHalf, typename V, int... kLane>
+inline V swap_halves(V vector, std::integer_sequence<int, kLane...>) {
+  return __builtin_shufflevector(vector, vector, (kLane ^ kHalf)...);
+}
+
+// The largest lane, in every lane.
+template <int kHalf = 0, typename V>
+inline V largest_lane(V vector) {
+  constexpr int kLanes = sizeof(V) / sizeof(vector[0]), kDistance = kHalf ? kHalf : kLanes / 2;
+  vector = larger(vector, swap_halves<kDistance>(vector, std::make_integer_sequence<int, kLanes>()));
+  if constexpr (kDistance > 1) return largest_lane<kDistance / 2>(vector);
+  return vector;
+}
+
+// The sum of the lanes, in every lane.
+template <int kHalf = 0, typename V>
+inline V sum_lanes(V vector) {
+  constexpr int kLanes = sizeof(V) / sizeof(vector[0]), kDistance = kHalf ? kHalf : kLanes / 2;
+  vector += swap_halves<kDistance>(vector, std::make_integer_sequence<int, kLanes>());
+  if constexpr (kDistance > 1) return sum_lanes<kDistance / 2>(vector);
+  return vector;
 }
 
 // A bit for each lane where (distance, row) is below (limit, limit row).

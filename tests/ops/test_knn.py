@@ -126,6 +126,17 @@ def test_equals_brute_force_over_many_leaves(kind, k, isa):
             assert torch.equal(indices, expected[1])
 
 
+@pytest.mark.parametrize("exclude_self", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_sample_of_points_may_mislead_about_where_the_others_are(exclude_self, dtype, isa):
+    # Every sixteenth point lies in a cluster; by their share among all, its neighbours would be nearer than they are.
+    points = torch.randint(-40, 41, (2, 2048, 16)).to(dtype)
+    points[:, ::16] = 100 + torch.randint(-2, 3, (2, 128, 16)).to(dtype)
+    for arguments in ({}, {"lengths": torch.tensor([2048, 1999])}):
+        arguments["exclude_self"] = exclude_self
+        assert_same(knn(points, 8, **arguments), reference.knn(points, 8, **arguments))
+
+
 @pytest.mark.parametrize("kind", ["block", "outliers"])
 def test_the_tree_does_not_depend_on_the_number_of_threads(kind, scaled):
     points = cloud_of(kind, scaled(100_000, 2_000))
