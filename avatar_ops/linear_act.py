@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from ._library import (
     autocast_to_active,
@@ -92,13 +91,6 @@ def _linear_act_cuda(x, weight, bias, rest, places, negative_slope):
 
 
 torch.library.impl("avatar_ops::linear_act", "CUDA", _linear_act_cuda)
-
-
-@register_flop_formula(torch.ops.avatar_ops.linear_act)
-def _(x_shape, weight_shape, *_, **__) -> int:
-    """As torch counts its matrix products."""
-    batch, rows, inputs = x_shape
-    return 2 * batch * rows * inputs * weight_shape[0]
 
 
 def _setup_context(ctx, inputs, output):
