@@ -185,6 +185,11 @@ class LinearChannels {
   // The factors and terms of segment s as linear segment count_, and its channels of mixed sign; how many.
   int64_t find(const PositionTile<T>& tile, int64_t s, int64_t point) {
     using Bits = typename Vectors<T>::Bits;
+    // An infinite difference times a sum of weights is not the sum of its products with them.
+    T distances = 0;
+    for (int64_t row = tile.segment_begin(s); row < tile.segment_end(s); ++row)
+      distances += tile.code(row)[kTerms - 2];
+    if (!(distances - distances == T(0))) return width_;
     const T* output = tile.output();
     const T* own = mlp_.center_part + point * width_;
     T* terms = terms_.row(kTerms * count_ * width_);

@@ -123,6 +123,16 @@ def test_local_attention_pool_of_near_neighbors(dtype, spread, slope, isa):
         assert (a.double() - e).norm() <= tolerance * e.norm()
 
 
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_local_attention_pool_answers_points_that_are_not_finite_as_torch_does(value, isa):
+    values = inputs(torch.float32, points=60, channels=24, k=48, widths=(40,), spread=0.01, missing=0.0)
+    values["points"][0, 7, 1] = value
+    actual = avatar_ops.local_attention_pool(**values)
+    expected = reference.local_attention_pool(**values)
+    assert torch.equal(actual.isnan(), expected.isnan())
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
 def test_local_attention_pool_of_near_neighbors_has_same_bits_for_any_thread_count(isa):
     values = inputs(torch.float32, points=700, channels=24, k=16, widths=(40,), spread=0.1)
     leaves = [values["features"].requires_grad_(), values["score_weight"].requires_grad_()]
