@@ -37,6 +37,8 @@ define(
     "Tensor? bias, bool demodulate, int up, int down, int padding, float slope, float gain, float? clamp, "
     "float eps, bool keep) -> (Tensor y, Tensor demodulated)"
 )
+# x (B, I, H, W) times styles (B, I), by weight (O, I); the latter two and the result in the accumulating dtype.
+define("modulated_conv2d_pointwise(Tensor x, Tensor weight, Tensor styles) -> Tensor")
 define(
     "modulated_conv2d_epilogue(Tensor(a!) convolution, Tensor(b!)? output, Tensor? scale, Tensor? noise, "
     "Tensor? bias, float slope, float gain, float? clamp) -> ()"
@@ -230,12 +232,16 @@ def _energy(filters: Tensor, styles: Tensor, eps: float) -> Tensor:
     return styles.square() @ filters.t() + eps
 
 
-def _few_products(x: Tensor, weight: Tensor, styles: Tensor) -> Tensor:
-    """The convolution with a weight of 1x1 and few outputs, as toRGB's, without a scaled copy of x."""
-    z = x.new_empty(x.shape[0], weight.shape[0], *x.shape[2:])
-    for image, factors, target in zip(x.flatten(2), styles, z.flatten(2), strict=True):
-        torch.mm(weight.flatten(1) * factors, image, out=target)
-    return z
+def _few_outputs(x: Tensor, weight: Tensor, geometry: Geometry) -> bool:
+    """Whether this is a convolution of 1x1 with few outputs, as toRGB's, that the kernel over pixels takes."""
+    return x.device.type == "cpu" and weight.shape[0] <= 8 and weight.shape[2] == 1 and geometry == (
+        1, 1, 0, False, 1.0,
+    )  # fmt: skip
+
+
+@torch.library.register_fake("avatar_ops::modulated_conv2d_pointwise")
+def _(x, weight, styles):
+    return weight.new_empty(x.shape[0], weight.shape[0], *x.shape[2:])
 
 
 # float16 and bfloat16 are widened on the way into the convolution, so nothing overflows between the
@@ -263,8 +269,10 @@ def composed(
         return y, z if keep else x.new_empty(0)
     if small_pays(x, weight, geometry):
         z = small_convolve(x.to(dtype), weight, styles, f, geometry, size)
-    elif weight.shape[2] == 1 and weight.shape[0] <= 8 and geometry == (1, 1, 0, False, 1.0):
-        z = _few_products(x.to(dtype).contiguous(), weight, styles)
+    elif _few_outputs(x, weight, geometry):
+        z = torch.ops.avatar_ops.modulated_conv2d_pointwise(
+            x.contiguous(), weight.flatten(1), styles.contiguous()
+        )
     else:
         z = convolve(x.contiguous() * per_channel(styles), weight, f, geometry, size).contiguous()
     y = torch.empty_like(z) if keep else None

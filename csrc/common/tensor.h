@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "common/isa.h"
+#include "common/pixel_type.h"
 
 namespace avatar {
 
@@ -26,6 +27,17 @@ using torch::stable::Tensor;
 // The dtype that an op of inputs `type` computes in: half and bfloat16 accumulate in float32.
 inline ScalarType compute_type(ScalarType type) {
   return type == ScalarType::Half || type == ScalarType::BFloat16 ? ScalarType::Float : type;
+}
+
+inline PixelType pixel_type(const Tensor& images) {
+  switch (images.scalar_type()) {
+    case ScalarType::BFloat16:
+      return PixelType::bfloat16;
+    case ScalarType::Half:
+      return PixelType::float16;
+    default:
+      return PixelType::compute;
+  }
 }
 
 inline Tensor to_type(const Tensor& tensor, ScalarType type) {

@@ -61,17 +61,6 @@ FilterValues split_filter(const Tensor& f, bool flip, double gain) {
   return filter;
 }
 
-WinogradPixel pixel_of(const Tensor& images) {
-  switch (images.scalar_type()) {
-    case ScalarType::BFloat16:
-      return WinogradPixel::bfloat16;
-    case ScalarType::Half:
-      return WinogradPixel::float16;
-    default:
-      return WinogradPixel::float32;
-  }
-}
-
 WinogradForm form_of(int64_t up, int64_t down) {
   return up == 2 ? WinogradForm::up : down == 2 ? WinogradForm::down : WinogradForm::plain;
 }
@@ -246,7 +235,7 @@ void modulated_conv2d_winograd_cpu(const Tensor& x, const Tensor& weight, const 
   const Tensor& smaller = form == WinogradForm::up ? x : y;
   const int64_t inputs = x.size(1), outputs = y.size(1);
   const WinogradConv2d args{form,
-                            pixel_of(x),
+                            pixel_type(x),
                             x.const_data_ptr(),
                             const_data<float>(weight),
                             data_or_null(styles),
@@ -293,7 +282,7 @@ Tensor modulated_conv2d_winograd_weight_cpu(const Tensor& grad, const Tensor& x,
                                             const std::optional<Tensor>& factors) {
   WinogradConv2d args{};
   args.form = form_of(up, down);
-  args.pixel = WinogradPixel::float32;
+  args.pixel = PixelType::compute;
   args.x = x.const_data_ptr();
   args.y = const_cast<void*>(grad.const_data_ptr());
   args.weight = data_or_null(weight);

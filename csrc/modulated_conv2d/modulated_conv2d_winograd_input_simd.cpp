@@ -36,7 +36,7 @@ inline void copy_line(const Pixel* row, int64_t width, int64_t start, int64_t le
 // One channel of one sample.
 struct Image {
   const void* pixels;
-  WinogradPixel type;
+  PixelType type;
   int64_t height, width;
   float style;
 };
@@ -55,9 +55,9 @@ inline void copy_lines_of(const Image& image, int64_t top, int64_t left, int64_t
 // The first of `count` lines of `length` pixels is at (top, left).
 inline void copy_lines(const Image& image, int64_t top, int64_t left, int64_t count, int64_t length,
                        float* line, int64_t line_size) {
-  if (image.type == WinogradPixel::bfloat16) {
+  if (image.type == PixelType::bfloat16) {
     copy_lines_of<BFloat16>(image, top, left, count, length, line, line_size);
-  } else if (image.type == WinogradPixel::float16) {
+  } else if (image.type == PixelType::float16) {
     copy_lines_of<Float16>(image, top, left, count, length, line, line_size);
   } else {
     copy_lines_of<float>(image, top, left, count, length, line, line_size);
@@ -150,7 +150,7 @@ void transform_panel(const WinogradConv2d& args, int64_t tile, int64_t end, int6
 
 // The image of one channel in `images`, (samples, channels, height, width) of this type.
 inline Image channel_of(const Image& images, int64_t plane, const float* styles) {
-  const int64_t bytes = images.type == WinogradPixel::float32 ? 4 : 2;
+  const int64_t bytes = images.type == PixelType::compute ? 4 : 2;
   Image image = images;
   image.pixels = static_cast<const char*>(images.pixels) + plane * images.height * images.width * bytes;
   image.style = styles ? styles[plane] : 1.f;

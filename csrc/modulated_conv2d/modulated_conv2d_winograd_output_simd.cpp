@@ -126,9 +126,9 @@ void finish_pixels(const WinogradConv2d& args, int64_t sample, int64_t output, i
                              args.gain,
                              args.clamp,
                              count};
-  if (args.pixel == WinogradPixel::bfloat16) {
+  if (args.pixel == PixelType::bfloat16) {
     finish_narrow(finished, pixel_at<BFloat16>(args.y, target), pixel_at<BFloat16>(args.demodulated, target));
-  } else if (args.pixel == WinogradPixel::float16) {
+  } else if (args.pixel == PixelType::float16) {
     finish_narrow(finished, pixel_at<Float16>(args.y, target), pixel_at<Float16>(args.demodulated, target));
   } else {
     finished.output = pixel_at<float>(args.y, target);

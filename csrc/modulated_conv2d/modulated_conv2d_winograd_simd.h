@@ -15,6 +15,7 @@
 #include <cstdint>
 
 #include "common/isa.h"
+#include "common/pixel_type.h"
 
 namespace avatar {
 
@@ -33,9 +34,6 @@ constexpr int64_t kWinogradSlack = 64;
 // resampling filter) or the input (the filter, then a convolution of stride 2).
 enum class WinogradForm { plain, up, down };
 
-// What x, y and demodulated are made of.
-enum class WinogradPixel { float32, bfloat16, float16 };
-
 // The resampling filter as a sum of `terms` separable ones, each correlated with (taps) values down and
 // across; output o starts at input o - before.
 struct WinogradFilter {
@@ -47,7 +45,7 @@ struct WinogradFilter {
 // Tiles are counted through samples, rows and columns, and worked on in panels of winograd_panel() tiles.
 struct WinogradConv2d {
   WinogradForm form;
-  WinogradPixel pixel;
+  PixelType pixel;
   const void* x;         // (batch, channels, height, width)
   const float* weight;   // (outputs, channels, 3, 3), or (channels, outputs, 3, 3)
   const float* styles;   // (batch, channels), null for ones
