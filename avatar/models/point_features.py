@@ -28,10 +28,11 @@ HEAD_WIDTHS = (64, 32)
 class Pyramid:
     """Levels of a cloud and the graphs on them, fixed as long as points neither come nor go.
 
-    Level 0 has all N points, level l + 1 a sample of level l; indices count within a level; -1 is a
-    missing neighbour.
+    Level 0 has all N points, so ordered that near ones are near in memory, level l + 1 a sample of level l;
+    indices count within a level; -1 is a missing neighbour.
     """
 
+    order: Tensor  # (N,) int64: the point of the cloud that each of level 0 is
     samples: list[Tensor]  # (N_{l+1},) int64 per transition: the points of level l that stay
     neighbors: list[Tensor]  # (N_l, K) int64 per level but the last, the point itself included
     nearest: list[Tensor]  # (N_l,) int64 per transition: the nearest point of level l + 1
@@ -39,14 +40,26 @@ class Pyramid:
 
     @property
     def num_points(self) -> int:
-        return len(self.nearest[0])
+        return len(self.order)
+
+    def arrange(self, rows: Tensor) -> Tensor:
+        """Rows (B, N, C) of the cloud in the order of level 0; AvatarError for another N."""
+        if rows.shape[1] != self.num_points:
+            raise AvatarError(f"pyramid: got one of {self.num_points} points, wants {rows.shape[1]}")
+        return rows.index_select(1, self.order)
+
+    def restore(self, rows: Tensor) -> Tensor:
+        """Rows (B, N, C) of level 0 in the order of the cloud."""
+        places = torch.empty_like(self.order)
+        places[self.order] = torch.arange(len(places), device=places.device)
+        return rows.index_select(1, places)
 
     def to(self, device: torch.device | str) -> "Pyramid":
         return Pyramid.from_tensors({name: tensor.to(device) for name, tensor in self.tensors().items()})
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by names such as "samples.0", to be written to a checkpoint."""
-        named = {"graph": self.graph}
+        named = {"order": self.order, "graph": self.graph}
         for name in ("samples", "neighbors", "nearest"):
             named |= {f"{name}.{level}": tensor for level, tensor in enumerate(getattr(self, name))}
         return named
@@ -61,7 +74,9 @@ class Pyramid:
             )
             return [tensors[each] for each in names]
 
-        return Pyramid(series("samples"), series("neighbors"), series("nearest"), tensors["graph"])
+        return Pyramid(
+            tensors["order"], series("samples"), series("neighbors"), series("nearest"), tensors["graph"]
+        )
 
 
 def level_sizes(num_points: int, ratios: Sequence[int]) -> list[int]:
@@ -77,19 +92,19 @@ def level_sizes(num_points: int, ratios: Sequence[int]) -> list[int]:
 
 def curve_codes(points: Tensor) -> Tensor:
     """(N,) int64 places of points (N, 3) along Morton's space-filling curve with 2**20 steps a side."""
-    low = points.amin(0)
-    extent = (points.amax(0) - low).amax().clamp(min=torch.finfo(points.dtype).tiny)
-    codes = ((points - low) / extent * (2**20 - 1)).long()
-    # Leaves two bits free after each bit, halving the runs of bits that stay together.
-    for shift, mask in (
-        (32, 0x1F00000000FFFF),
-        (16, 0x1F0000FF0000FF),
-        (8, 0x100F00F00F00F00F),
-        (4, 0x10C30C30C30C30C3),
-        (2, 0x1249249249249249),
-    ):
-        codes = (codes | codes << shift) & mask
-    return codes[:, 0] | codes[:, 1] << 1 | codes[:, 2] << 2
+    axes = points.t().contiguous()
+    low = axes.amin(1, keepdim=True)
+    extent = (axes.amax(1, keepdim=True) - low).amax().clamp(min=torch.finfo(points.dtype).tiny)
+    steps = ((axes - low) / extent * (2**20 - 1)).int()
+    # Ten bits with two bits free after each.
+    numbers = torch.arange(2**10, device=points.device)
+    spread = sum((numbers >> bit & 1) << 3 * bit for bit in range(10))
+    codes = torch.zeros(len(points), dtype=torch.int64, device=points.device)
+    for axis, step in enumerate(steps):
+        code = spread.index_select(0, step >> 10).bitwise_left_shift_(30)
+        code.bitwise_or_(spread.index_select(0, step & (2**10 - 1)))
+        codes.bitwise_or_(code.bitwise_left_shift_(axis))
+    return codes
 
 
 @torch.no_grad()
@@ -112,19 +127,16 @@ def build_pyramid(points: Tensor, config: PointFeaturesConfig, seed: int) -> Pyr
     if not 0 <= config.gcn_level <= levels:
         raise AvatarError(f"gcn_level: got {config.gcn_level}, wants a level from 0 to {levels}")
 
-    pyramid = Pyramid([], [], [], torch.empty(0, config.gcn_neighbors, dtype=torch.int64))
-    sizes = level_sizes(len(points), config.randla_ratios())
     current = points.detach()
+    order = curve_codes(current).argsort(stable=True)
+    current = current[order]
+    pyramid = Pyramid(order, [], [], [], torch.empty(0, config.gcn_neighbors, dtype=torch.int64))
+    sizes = level_sizes(len(points), config.randla_ratios())
     for level, size in enumerate(sizes):
         if level > 0:
             key = keyed_generator(seed, "pyramid", level).initial_seed()
             sample = avatar_ops.random_sample(len(current), size, seed=key, device=points.device)
-            # Near points are near in memory from the first sampled level on.
-            sample = (
-                sample[curve_codes(current[sample]).argsort(stable=True)]
-                if level == 1
-                else sample.sort().values
-            )
+            sample = sample.sort().values
             pyramid.samples.append(sample)
             finer, current = current, current[sample]
         index = avatar_ops.PointIndex(current)
@@ -213,8 +225,10 @@ class RandLANet(nn.Module):
         Raises:
             AvatarError: a pyramid of another number of points or levels.
         """
-        if pyramid.num_points != points.shape[1]:
-            raise AvatarError(f"pyramid: got one of {pyramid.num_points} points, wants {points.shape[1]}")
+        return pyramid.restore(self.arranged(pyramid.arrange(points), pyramid.arrange(features), pyramid))
+
+    def arranged(self, points: Tensor, features: Tensor, pyramid: Pyramid) -> Tensor:
+        """`forward` of points and features in the order of the pyramid's level 0, which the result keeps."""
         if len(pyramid.samples) != len(self.encoder):
             raise AvatarError(f"pyramid: got {len(pyramid.samples)} levels, wants {len(self.encoder)}")
         x = self.input.activated(features, NEGATIVE_SLOPE)
@@ -321,14 +335,14 @@ class PointFeatures(nn.Module):
 
     def forward(self, posed: Tensor, colors: Tensor, pyramid: Pyramid) -> Tensor:
         """Features (B, N, out_channels) of points posed (B, N, 3) with colors (B, N, 3)."""
-        features = torch.cat([posed, colors], -1)
-        fine = self.randla(posed, features, pyramid)
+        features = pyramid.arrange(torch.cat([posed, colors], -1))
+        fine = self.randla.arranged(features[..., :3].contiguous(), features, pyramid)
         for sample in pyramid.samples[: self.config.gcn_level]:
             features = features.index_select(1, sample)
         coarse = self.gcn(features, pyramid.graph)
         for nearest in reversed(pyramid.nearest[: self.config.gcn_level]):
             coarse = coarse.index_select(1, nearest)
-        return torch.cat([fine, coarse], -1)
+        return pyramid.restore(torch.cat([fine, coarse], -1))
 
     def macs(self, num_points: int) -> dict[str, int]:
         """Multiply-accumulates of the linear layers for one cloud: see RandLANet and PointGcn."""

@@ -209,7 +209,9 @@ class Distillation(Stage):
     def _cloud_divergence(self, *clouds: Tensor) -> Tensor:
         options = self.config.distill
         if options.kl_form == "graph":
-            return distillation.graph_kl(clouds[0], clouds[2], self.model.pyramid.neighbors[0])
+            pyramid = self.model.pyramid
+            teacher, student = (pyramid.arrange(cloud) for cloud in (clouds[0], clouds[2]))
+            return distillation.graph_kl(teacher, student, pyramid.neighbors[0])
         return distillation.density_kl(
             *clouds,
             matched=True,

@@ -76,6 +76,8 @@ def literal_block(block, points, features, neighbors):
 
 def literal_randla(network, points, features, pyramid):
     """Figure 7 of the paper by torch's own operations, every edge formed."""
+    places = pyramid.order.argsort()
+    points, features = points[:, pyramid.order], features[:, pyramid.order]
     x = literal_layer(network.input, features)
     finer = []
     for level, block in enumerate(network.encoder):
@@ -93,10 +95,10 @@ def literal_randla(network, points, features, pyramid):
         up = x[:, pyramid.nearest[-1 - step]]
         x = literal_layer(layer, torch.cat([finer[-1 - step], up], -1))
     if network.head is None:
-        return x
+        return x[:, places]
     for layer in network.head:
         x = literal_layer(layer, x)
-    return network.classifier(x)
+    return network.classifier(x)[:, places]
 
 
 @pytest.mark.parametrize("classes", [None, 3], ids=["features", "classes"])
@@ -196,7 +198,7 @@ def test_features_join_randla_with_copies_from_the_level_of_the_gcn(level):
     assert joined.shape == (2, 200, features.out_channels)
     inputs = torch.cat([posed, colors], -1)
     torch.testing.assert_close(joined[..., :8], features.randla(posed, inputs, pyramid))
-    kept, copied = torch.arange(200), torch.arange(200)
+    kept, copied = pyramid.order, pyramid.order.argsort()
     for step in range(level):
         kept, copied = kept[pyramid.samples[step]], pyramid.nearest[step][copied]
     coarse = features.gcn(inputs[:, kept], pyramid.graph)
@@ -238,7 +240,8 @@ def test_pyramid_holds_samples_neighbors_and_nearest_points():
     assert [len(sample) for sample in pyramid.samples] == sizes[1:]
     assert [tuple(level.shape) for level in pyramid.neighbors] == [(size, 5) for size in sizes[:3]]
     assert pyramid.graph.shape == (75, 4)
-    points = canonical
+    assert torch.equal(pyramid.order, curve_codes(canonical).argsort(stable=True))
+    points = canonical[pyramid.order]
     for level, sample in enumerate(pyramid.samples):
         assert len(sample.unique()) == len(sample)
         distances = torch.cdist(points, points)
@@ -273,6 +276,7 @@ def test_pyramid_is_a_function_of_points_options_and_seed():
 def test_pyramid_goes_through_named_tensors():
     pyramid = build_pyramid(cloud(100)[0], SMALL, 0)
     names = [
+        "order",
         "graph",
         *(f"{kind}.{level}" for kind in ("samples", "neighbors", "nearest") for level in range(3)),
     ]
