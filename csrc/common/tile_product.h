@@ -63,6 +63,12 @@ inline void store_some(T* target, Vector<T> value, int64_t count) {
   for (int64_t lane = 0; lane < count; ++lane) target[lane] = lanes[lane];
 }
 
+// The larger lanes of a, else those of b: NaN in a is left out, NaN in b stays.
+template <typename T>
+inline Vector<T> larger(Vector<T> a, Vector<T> b) {
+  return a > b ? a : b;
+}
+
 template <typename T>
 struct Numbers;
 // Polynomial for exp(r), |r| <= ln(2) / 2, highest power first: for float that of least relative error with

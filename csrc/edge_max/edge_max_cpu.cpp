@@ -19,6 +19,7 @@ std::tuple<Tensor, Tensor> edge_max_cpu(const Tensor& features_in, const Tensor&
     using T = decltype(zero);
     const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, k * channels));
     torch::stable::parallel_for(0, batch * rows, grain, [&](int64_t begin, int64_t end) {
+      std::vector<int32_t> slots(k + 1);
       while (begin < end) {
         const int64_t b = begin / rows, stop = std::min(end, (b + 1) * rows);
         const EdgeMaxArgs<T> args{const_data<T>(features) + b * num_points * channels,
@@ -28,7 +29,8 @@ std::tuple<Tensor, Tensor> edge_max_cpu(const Tensor& features_in, const Tensor&
                                   num_points,
                                   channels,
                                   k};
-        const int64_t position = AVATAR_ISA_CALL(edge_max_rows, args, begin - b * rows, stop - b * rows);
+        const int64_t position =
+            AVATAR_ISA_CALL(edge_max_rows, args, begin - b * rows, stop - b * rows, slots.data());
         if (position >= 0) return bad.report(b * rows * k + position);
         begin = stop;
       }

@@ -2,17 +2,57 @@
 
 #include <algorithm>
 
+#include "common/vector.h"
+
 namespace avatar {
 namespace AVATAR_ISA {
 namespace {
 
-// Channels are worked on in blocks whose running maxima stay in the first-level cache.
-constexpr int64_t kChannelBlock = 256;
 // Neighbours are fetched this many slots before they are needed.
 constexpr int64_t kAhead = 32;
+constexpr int64_t kMostVectors = 4;
+
+// The maxima of kVectors vectors of channels from `first` on, whole or fewer, and where they are from.
+// `slots` names those that hold a neighbour.
+template <int kVectors, bool kWhole, typename T>
+inline void max_channels(const EdgeMaxArgs<T>& args, int64_t row, const int32_t* slots, int64_t count,
+                         int64_t first) {
+  constexpr int64_t kLanes = Lanes<T>::kCount;
+  using Slot = typename Lanes<T>::Integer;
+  const int64_t channels = args.channels;
+  const int64_t* neighbors = args.neighbors + row * args.k;
+  const T* end = args.features + args.num_points * channels;
+  const auto read = [&](int64_t slot, int v) {
+    const int64_t c = first + v * kLanes;
+    const T* source = args.features + neighbors[slot] * channels + c;
+    // What follows a row is read along as long as it belongs to the tensor.
+    return kWhole || source + kLanes <= end ? load(source) : load_some(source, channels - c);
+  };
+  Vector<T> most[kVectors];
+  Index<T> from[kVectors];
+  for (int v = 0; v < kVectors; ++v) most[v] = read(slots[0], v), from[v] = Index<T>{} + Slot(slots[0]);
+  for (int64_t i = 1; i < count; ++i) {
+    for (int v = 0; v < kVectors; ++v) {
+      const Vector<T> value = read(slots[i], v);
+      // Greater, or the first NaN.
+      const Index<T> wins = ~(value <= most[v]) & (most[v] == most[v]);
+      most[v] = wins ? value : most[v];
+      from[v] = wins ? Index<T>{} + Slot(slots[i]) : from[v];
+    }
+  }
+  for (int v = 0; v < kVectors; ++v) {
+    const int64_t c = first + v * kLanes, left = kWhole ? kLanes : channels - c;
+    store_some(args.values + row * channels + c, most[v], left);
+    Slot lanes[kLanes];
+    __builtin_memcpy(lanes, &from[v], sizeof lanes);
+    int64_t* argmax = args.argmax + row * channels + c;
+    for (int64_t lane = 0; lane < left; ++lane) argmax[lane] = neighbors[lanes[lane]];
+  }
+}
 
 template <typename T>
-int64_t max_rows(const EdgeMaxArgs<T>& args, int64_t begin, int64_t end) {
+int64_t max_rows(const EdgeMaxArgs<T>& args, int64_t begin, int64_t end, int32_t* slots) {
+  constexpr int64_t kLanes = Lanes<T>::kCount;
   const int64_t channels = args.channels, k = args.k;
   for (int64_t row = begin; row < end; ++row) {
     const int64_t* neighbors = args.neighbors + row * k;
@@ -21,33 +61,28 @@ int64_t max_rows(const EdgeMaxArgs<T>& args, int64_t begin, int64_t end) {
       const T* features = args.features + neighbors[slot] * channels;
       for (int64_t c = 0; c < channels; c += 64 / sizeof(T)) __builtin_prefetch(features + c);
     }
+    int64_t count = 0;
     for (int64_t slot = 0; slot < k; ++slot) {
       if (neighbors[slot] < -1 || neighbors[slot] >= args.num_points) return row * k + slot;
+      slots[count] = static_cast<int32_t>(slot);
+      count += neighbors[slot] >= 0;
     }
-    for (int64_t first = 0; first < channels; first += kChannelBlock) {
-      const int64_t count = std::min(kChannelBlock, channels - first);
-      T* values = args.values + row * channels + first;
-      int64_t* argmax = args.argmax + row * channels + first;
-      std::fill_n(values, count, T(0));
-      std::fill_n(argmax, count, int64_t(-1));
-      bool some = false;
-      for (int64_t slot = 0; slot < k; ++slot) {
-        const int64_t point = neighbors[slot];
-        if (point < 0) continue;
-        const T* features = args.features + point * channels + first;
-        if (!some) {
-          std::copy_n(features, count, values);
-          std::fill_n(argmax, count, point);
-          some = true;
-          continue;
-        }
-        for (int64_t c = 0; c < count; ++c) {
-          // Greater, or the first NaN.
-          const bool wins = !(features[c] <= values[c]) & (values[c] == values[c]);
-          values[c] = wins ? features[c] : values[c];
-          argmax[c] = wins ? point : argmax[c];
-        }
-      }
+    if (count == 0) {
+      std::fill_n(args.values + row * channels, channels, T(0));
+      std::fill_n(args.argmax + row * channels, channels, int64_t(-1));
+      continue;
+    }
+    int64_t c = 0;
+    for (; c + kMostVectors * kLanes <= channels; c += kMostVectors * kLanes) {
+      max_channels<kMostVectors, true>(args, row, slots, count, c);
+    }
+    for (; c + 2 * kLanes <= channels; c += 2 * kLanes) max_channels<2, true>(args, row, slots, count, c);
+    for (; c + kLanes <= channels; c += kLanes) max_channels<1, true>(args, row, slots, count, c);
+    // Rather some channels twice than part of a vector.
+    if (c < channels && channels >= kLanes) {
+      max_channels<1, true>(args, row, slots, count, channels - kLanes);
+    } else if (c < channels) {
+      max_channels<1, false>(args, row, slots, count, c);
     }
   }
   return -1;
@@ -65,11 +100,11 @@ void backward_columns(const EdgeMaxBackwardArgs<T>& args, int64_t begin, int64_t
 
 }  // namespace
 
-int64_t edge_max_rows(const EdgeMaxArgs<float>& args, int64_t begin, int64_t end) {
-  return max_rows(args, begin, end);
+int64_t edge_max_rows(const EdgeMaxArgs<float>& args, int64_t begin, int64_t end, int32_t* slots) {
+  return max_rows(args, begin, end, slots);
 }
-int64_t edge_max_rows(const EdgeMaxArgs<double>& args, int64_t begin, int64_t end) {
-  return max_rows(args, begin, end);
+int64_t edge_max_rows(const EdgeMaxArgs<double>& args, int64_t begin, int64_t end, int32_t* slots) {
+  return max_rows(args, begin, end, slots);
 }
 void edge_max_backward_columns(const EdgeMaxBackwardArgs<float>& args, int64_t begin, int64_t end) {
   backward_columns(args, begin, end);

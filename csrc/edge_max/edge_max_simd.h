@@ -24,12 +24,12 @@ struct EdgeMaxBackwardArgs {
   int64_t rows, channels;
 };
 
-// edge_max_rows: rows [begin, end); returns the flat position of the first neighbour out of range, or -1.
-// edge_max_backward_columns: channels [begin, end) of all rows.
+// edge_max_rows: rows [begin, end), with `slots` to hold k + 1 numbers; returns the flat position of the
+// first neighbour out of range, or -1. edge_max_backward_columns: channels [begin, end) of all rows.
 #define AVATAR_DECLARE(ISA)                                                                            \
   namespace ISA {                                                                                      \
-  int64_t edge_max_rows(const EdgeMaxArgs<float>& args, int64_t begin, int64_t end);                   \
-  int64_t edge_max_rows(const EdgeMaxArgs<double>& args, int64_t begin, int64_t end);                  \
+  int64_t edge_max_rows(const EdgeMaxArgs<float>& args, int64_t begin, int64_t end, int32_t* slots);   \
+  int64_t edge_max_rows(const EdgeMaxArgs<double>& args, int64_t begin, int64_t end, int32_t* slots);  \
   void edge_max_backward_columns(const EdgeMaxBackwardArgs<float>& args, int64_t begin, int64_t end);  \
   void edge_max_backward_columns(const EdgeMaxBackwardArgs<double>& args, int64_t begin, int64_t end); \
   }

@@ -9,65 +9,48 @@ namespace avatar {
 namespace AVATAR_ISA {
 namespace {
 
-// Softmax over each segment's scores of kVectors vectors of channels: scores turn into weights that are not
-// yet divided by their sum. `most` (segments, kVectors) takes the largest scores.
-template <int kVectors, typename T>
-void soften(const PositionTile<T>& tile, T* scores, int64_t stride, T* most) {
-  for (int64_t s = 0; s < tile.segments(); ++s, most += kVectors * kLanes<T>) {
-    const int64_t begin = tile.segment_begin(s), end = tile.segment_end(s);
-    if (begin == end) continue;
-    Vector<T> largest[kVectors];
-    for (int v = 0; v < kVectors; ++v) largest[v] = load(scores + begin * stride + v * kLanes<T>);
-    for (int64_t row = begin + 1; row < end; ++row) {
-      for (int v = 0; v < kVectors; ++v) {
-        const Vector<T> score = load(scores + row * stride + v * kLanes<T>);
-        largest[v] = score > largest[v] ? score : largest[v];
-      }
-    }
-    for (int v = 0; v < kVectors; ++v) store(most + v * kLanes<T>, largest[v]);
-    for (int64_t row = begin; row < end; ++row) {
-      for (int v = 0; v < kVectors; ++v) {
-        T* score = scores + row * stride + v * kLanes<T>;
-        store(score, exp_nonpositive<T>(load(score) - largest[v]));
-      }
-    }
-  }
-}
-
-// The weighted mean of what the weights of one vector of channels weigh, in each segment.
+// Softmax of one vector of channels' scores over each segment, and the mean of what its weights weigh.
 template <bool kFeature, typename T>
-void pool_column(const PoolArgs<T>& args, const PositionTile<T>& tile, const T* weights, int64_t stride,
-                 const T* most, int64_t most_stride, int64_t column) {
+void attend_column(const PoolArgs<T>& args, const PositionTile<T>& tile, const T* scores, int64_t stride,
+                   int64_t column) {
   const int64_t place = kFeature ? column : column - args.channels_padded;
   const int64_t row_stride = kFeature ? args.channels_padded : args.position.out_padded;
   const T* values = (kFeature ? args.features : tile.output()) + place;
+  const int64_t* neighbors = tile.neighbors();
   const int64_t width = args.channels + args.position_channels;
   const int64_t target = kFeature ? place : args.channels + place;
   const int64_t valid = (kFeature ? args.channels : args.position_channels) - place;
   for (int64_t s = 0; s < tile.segments(); ++s) {
     const int64_t begin = tile.segment_begin(s), end = tile.segment_end(s);
-    Vector<T> pooled{}, sum{}, statistic{};
-    // Two sums of each, as one would wait for itself.
-    Vector<T> other_pooled{}, other_sum{};
-    const auto add = [&](int64_t row, Vector<T>& to_sum, Vector<T>& to_pooled) {
-      const Vector<T> weight = load(weights + row * stride);
-      to_sum += weight;
-      to_pooled += weight * load(values + (kFeature ? tile.neighbor(row) : row) * row_stride);
-    };
-    int64_t row = begin;
-    for (; row + 1 < end; row += 2) {
-      add(row, sum, pooled);
-      add(row + 1, other_sum, other_pooled);
+    Vector<T> pooled{}, statistic{};
+    if (begin < end) {
+      // Two of each, as one would wait for itself.
+      const T* score = scores + begin * stride;
+      Vector<T> largest = load(score), other_largest = largest, sum{}, other_sum{}, other_pooled{};
+      int64_t row = begin + 1;
+      for (; row + 1 < end; row += 2) {
+        largest = larger<T>(load(scores + row * stride), largest);
+        other_largest = larger<T>(load(scores + (row + 1) * stride), other_largest);
+      }
+      if (row < end) largest = larger<T>(load(scores + row * stride), largest);
+      largest = larger<T>(other_largest, largest);
+      const auto add = [&](int64_t row, Vector<T>& to_sum, Vector<T>& to_pooled) {
+        const Vector<T> weight = exp_nonpositive<T>(load(scores + row * stride) - largest);
+        to_sum += weight;
+        to_pooled += weight * load(values + (kFeature ? neighbors[row] : row) * row_stride);
+      };
+      for (row = begin; row + 1 < end; row += 2) {
+        add(row, sum, pooled);
+        add(row + 1, other_sum, other_pooled);
+      }
+      if (row < end) add(row, sum, pooled);
+      sum += other_sum;
+      pooled = (pooled + other_pooled) / sum;
+      if (args.statistics) statistic = largest + log_from_one<T>(sum);
     }
-    if (row < end) add(row, sum, pooled);
-    sum += other_sum;
-    pooled += other_pooled;
-    if (begin < end) pooled /= sum;
     const int64_t position = tile.segment_point(s) * width + target;
     store_some(args.pooled + position, pooled, valid);
-    if (!args.statistics) continue;
-    if (begin < end) statistic = load(most + s * most_stride) + log_from_one<T>(sum);
-    store_some(args.statistics + position, statistic, valid);
+    if (args.statistics) store_some(args.statistics + position, statistic, valid);
   }
 }
 
@@ -76,8 +59,8 @@ int64_t pool_rows(const PoolArgs<T>& args, int64_t begin, int64_t end) {
   constexpr int64_t kPanel = kPanelVectors * kLanes<T>;
   PositionTile<T> tile(args.position, args.k);
   LinearChannels<T> channels(args.position, args.position.from_center, tile);
-  Scratch<T> panel(tile.capacity() * kPanel), largest(tile.capacity() * kPanel);
-  T *scores = panel.get(), *most = largest.get();
+  Scratch<T> panel(tile.capacity() * kPanel);
+  T* scores = panel.get();
   const int64_t* neighbors = tile.neighbors();
   const auto ahead = [&](int64_t point) {
     fetch(args.position.points + point * args.position.point_stride, args.position.point_stride);
@@ -99,18 +82,9 @@ int64_t pool_rows(const PoolArgs<T>& args, int64_t begin, int64_t end) {
             args.position.out_padded, args.position_weight, of_features,
             [=](int64_t row, int64_t c, Vector<T> sum) { store(scores + row * kPanel + c - column, sum); });
       }
-      const int64_t width = std::min(kPanel, args.hidden - column);
-      if (width == kPanel) {
-        soften<kPanelVectors>(tile, scores, kPanel, most);
-      } else {
-        soften<1>(tile, scores, kPanel, most);
-      }
-      for (int64_t c = 0; c < width; c += kLanes<T>) {
-        if (column + c < args.channels_padded) {
-          pool_column<true>(args, tile, scores + c, kPanel, most + c, width, column + c);
-        } else {
-          pool_column<false>(args, tile, scores + c, kPanel, most + c, width, column + c);
-        }
+      for (int64_t c = column; c < std::min(column + kPanel, args.hidden); c += kLanes<T>) {
+        const auto attend = c < args.channels_padded ? attend_column<true, T> : attend_column<false, T>;
+        attend(args, tile, scores + c - column, kPanel, c);
       }
     }
   });
