@@ -22,6 +22,7 @@ NEGATIVE_SLOPE = 0.2
 NORM_EPS = 1e-6
 INPUT_WIDTH = 8
 HEAD_WIDTHS = (64, 32)
+HEAD_ROWS = 8192
 
 
 @dataclass
@@ -50,9 +51,8 @@ class Pyramid:
 
     def restore(self, rows: Tensor) -> Tensor:
         """Rows (B, N, C) of level 0 in the order of the cloud."""
-        places = torch.empty_like(self.order)
-        places[self.order] = torch.arange(len(places), device=places.device)
-        return rows.index_select(1, places)
+        numbers = torch.arange(len(self.order), device=self.order.device)
+        return rows.index_select(1, torch.empty_like(numbers).scatter_(0, self.order, numbers))
 
     def to(self, device: torch.device | str) -> "Pyramid":
         return Pyramid.from_tensors({name: tensor.to(device) for name, tensor in self.tensors().items()})
@@ -237,7 +237,7 @@ class RandLANet(nn.Module):
             x = block(points, x, _for_batch(neighbors, x))
             if not skips:
                 skips.append(x)
-            x, _ = avatar_ops.edge_max(x, _for_batch(neighbors[sample], x))
+            x, _ = avatar_ops.edge_max(x, _for_batch(neighbors.index_select(0, sample), x))
             points = points.index_select(1, sample)
             skips.append(x)
         x = self.middle.activated(skips.pop(), NEGATIVE_SLOPE)
@@ -247,6 +247,13 @@ class RandLANet(nn.Module):
             x = layer.activated_with(skip, x, nearest, NEGATIVE_SLOPE)
         if self.head is None:
             return x
+        if self.training:
+            return self._scores(x)
+        # In parts that stay in cache from layer to layer.
+        parts = x.flatten(0, 1).split(HEAD_ROWS)
+        return torch.cat([self._scores(part) for part in parts]).view(*x.shape[:2], self.out_channels)
+
+    def _scores(self, x: Tensor) -> Tensor:
         for layer in self.head:
             x = layer.activated(x, NEGATIVE_SLOPE)
         return self.classifier(self.dropout(x))

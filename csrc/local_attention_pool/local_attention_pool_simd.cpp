@@ -4,6 +4,9 @@
 
 #include "common/position_tile.h"
 #include "local_attention_pool/local_attention_pool_linear.h"
+#if defined(__AVX512F__)
+#include "local_attention_pool/local_attention_pool_narrow.h"
+#endif
 
 namespace avatar {
 namespace AVATAR_ISA {
@@ -257,6 +260,14 @@ void backward_points(const PoolBackwardArgs<T>& args, int64_t begin, int64_t end
 }
 
 }  // namespace
+
+int64_t local_attention_pool_narrow_rows(const PoolArgs<float>& args, int64_t begin, int64_t end) {
+#if defined(__AVX512F__)
+  return NarrowRows(args).run(begin, end);
+#else
+  return pool_rows(args, begin, end);
+#endif
+}
 
 #define AVATAR_DEFINE(T)                                                                                 \
   int64_t local_attention_pool_rows(const PoolArgs<T>& args, int64_t begin, int64_t end) {               \
