@@ -110,6 +110,8 @@ def _pool_case(id: str, negative_slope=0.2, single=False, **options) -> OpCase:
 CASES = [
     _pool_case("two-layers"),
     _pool_case("one-layer", single=True, channels=16, widths=(16,), k=16, missing=0.0),
+    _pool_case("narrow", single=True, channels=8, widths=(8,), k=16, missing=0.0),
+    _pool_case("narrow-two-layers", points=45, channels=5, widths=(6, 7), k=11),
     _pool_case("near", single=True, channels=20, widths=(40,), k=16, spread=0.05),
     _pool_case("wide", channels=40, widths=(33, 24), k=9, negative_slope=0.0),
     _pool_case("deep", widths=(3, 8, 5, 7), negative_slope=1.0),
