@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kTreeWarps* kWarpSize, 6)
 
 template <typename A, typename List>
 void launch_search(const KnnArgs<A>& args, const Tensor& points, cudaStream_t stream) {
-  if (args.dims > kTreeDims) return search_features<A, List>(args, points, stream);
+  if (args.dims > kTreeDims) return search_features<List>(args, points, stream);
   launch("knn", knn_tree_kernel<A, List>, grid_of(divide_up(args.batch * args.places(), kTreeWarps)),
          dim3(kTreeWarps * kWarpSize), 0, stream, args, TreeLevels(args.leaves));
 }

@@ -433,32 +433,36 @@ inline bool by_products(const KnnArgs<float>& args) {
          is_aligned(args.coordinates);
 }
 
-// `points` is what new tensors are like.
-template <typename A, typename List>
-void search_features(const KnnArgs<A>& args, const Tensor& points, cudaStream_t stream) {
-  OpenQueries open;
-  Tensor counts, rows, bounds, candidates;
-  if constexpr (std::is_same_v<A, float>) {
-    if (by_products(args)) {
-      const int64_t queries = args.batch * args.num_queries, count = candidates_of(args.k);
-      counts = torch::stable::new_zeros(points, {args.batch}, ScalarType::Long);
-      rows = torch::stable::new_empty(points, {queries}, ScalarType::Long);
-      open = {reinterpret_cast<unsigned long long*>(mutable_data<int64_t>(counts)),
-              mutable_data<int64_t>(rows)};
-      CandidateMemory memory;
-      if (count == kWarpSize) {
-        launch_products<true>(args, memory, open, stream);
-      } else {
-        bounds = torch::stable::new_empty(points, {queries, count});
-        candidates = torch::stable::new_empty(points, {queries, count}, ScalarType::Int);
-        memory = {mutable_data<float>(bounds), mutable_data<int32_t>(candidates), count};
-        fill_missing(memory.bounds, memory.rows, queries * count, stream);
-        launch_products<false>(args, memory, open, stream);
-      }
-    }
-  }
+template <typename List, typename A>
+void launch_differences(const KnnArgs<A>& args, const OpenQueries& open, cudaStream_t stream) {
   launch("knn", knn_feature_kernel<A, List>, grid_of(args.batch * divide_up(args.places(), kLeaf)),
          dim3(kFeatureThreads), 0, stream, args, open);
+}
+
+// `points` is what new tensors are like.
+template <typename List>
+void search_features(const KnnArgs<float>& args, const Tensor& points, cudaStream_t stream) {
+  if (!by_products(args)) return launch_differences<List>(args, {}, stream);
+  const int64_t queries = args.batch * args.num_queries, count = candidates_of(args.k);
+  Tensor counts = torch::stable::new_zeros(points, {args.batch}, ScalarType::Long);
+  Tensor rows = torch::stable::new_empty(points, {queries}, ScalarType::Long);
+  const OpenQueries open{reinterpret_cast<unsigned long long*>(mutable_data<int64_t>(counts)),
+                         mutable_data<int64_t>(rows)};
+  if (count == kWarpSize) {
+    launch_products<true>(args, {}, open, stream);
+  } else {
+    Tensor bounds = torch::stable::new_empty(points, {queries, count});
+    Tensor candidates = torch::stable::new_empty(points, {queries, count}, ScalarType::Int);
+    const CandidateMemory memory{mutable_data<float>(bounds), mutable_data<int32_t>(candidates), count};
+    fill_missing(memory.bounds, memory.rows, queries * count, stream);
+    launch_products<false>(args, memory, open, stream);
+  }
+  launch_differences<List>(args, open, stream);
+}
+
+template <typename List>
+void search_features(const KnnArgs<double>& args, const Tensor&, cudaStream_t stream) {
+  launch_differences<List>(args, {}, stream);
 }
 
 }  // namespace
