@@ -26,15 +26,27 @@ constexpr int kFeatureQueries = kLeaf / kFeatureWarps;
 // Coordinates in shared memory at once.
 constexpr int kFeatureDepth = 32;
 
+// One in so many queries of a cloud is few.
+constexpr int64_t kFewShare = 64;
+
 // Queries that are left for direct differences, in no order: for each cloud their number and rows.
 struct OpenQueries {
   unsigned long long* counts = nullptr;  // (batch)
   int64_t* rows = nullptr;               // (batch, num_queries); null for all queries
+  // Up to so many of a cloud are few.
+  int64_t few = 0;
 };
+
+// Leaves of a cloud with points in them.
+template <typename A>
+__device__ int64_t filled_leaves(const KnnArgs<A>& args, int64_t cloud) {
+  const int64_t filled = (args.counts[cloud] + kLeaf - 1) / kLeaf;
+  return filled < args.leaves ? filled : args.leaves;
+}
 
 // By direct differences: a block takes as many queries as a leaf has points and goes through all leaves, in
 // pieces of kFeatureDepth coordinates; a lane each point of the leaf, a warp kFeatureQueries queries. All
-// queries, or those that are open.
+// queries, or those that are open and not few.
 template <typename A, typename List>
 __global__ void __launch_bounds__(kFeatureWarps* kWarpSize, 2)
     knn_feature_kernel(KnnArgs<A> args, OpenQueries open) {
@@ -48,7 +60,7 @@ __global__ void __launch_bounds__(kFeatureWarps* kWarpSize, 2)
   const int64_t blocks = (args.places() + kLeaf - 1) / kLeaf;
   const int64_t cloud = blockIdx.x / blocks, first = (blockIdx.x - cloud * blocks) * kLeaf;
   const int64_t count = open.rows ? static_cast<int64_t>(open.counts[cloud]) : args.places();
-  if (first >= count) return;
+  if (first >= count || count <= open.few) return;
   for (int i = 0; i < kFeatureQueries; ++i) {
     const int64_t place = first + warp * kFeatureQueries + i;
     int64_t row = -1;
@@ -72,8 +84,7 @@ __global__ void __launch_bounds__(kFeatureWarps* kWarpSize, 2)
   List lists[kFeatureQueries] = {list_of(0), list_of(1), list_of(2), list_of(3)};
   static_assert(kFeatureQueries == 4, "one list each");
 
-  const int64_t filled = (args.counts[cloud] + kLeaf - 1) / kLeaf;
-  const int64_t leaves = filled < args.leaves ? filled : args.leaves;
+  const int64_t leaves = filled_leaves(args, cloud);
   for (int64_t leaf = cloud * args.leaves; leaf < cloud * args.leaves + leaves; ++leaf) {
     A distances[kFeatureQueries] = {};
     for (int64_t begin = 0; begin < args.dims; begin += kFeatureDepth) {
@@ -110,6 +121,39 @@ __global__ void __launch_bounds__(kFeatureWarps* kWarpSize, 2)
     if (rows[warp * kFeatureQueries + i] < 0) continue;
     lists[i].store(args.distances + output(i), args.indices + output(i));
   }
+}
+
+// A few open queries, which would keep one block busy: a block each, whose warps share the leaves.
+__global__ void __launch_bounds__(kFeatureThreads) knn_open_kernel(KnnArgs<float> args, OpenQueries open) {
+  AVATAR_SHARED(float, distances, kFeatureThreads);
+  AVATAR_SHARED(int32_t, rows, kFeatureThreads);
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  const int64_t cloud = blockIdx.x / open.few, place = blockIdx.x - cloud * open.few;
+  const int64_t count = static_cast<int64_t>(open.counts[cloud]);
+  if (count > open.few || place >= count) return;
+  const int64_t row = open.rows[cloud * args.num_queries + place];
+  const int64_t output = (cloud * args.num_queries + row) * args.k;
+  const float* query = query_at(args, cloud, row);
+  RegisterList<float> list(distances, rows, args.k);
+  const int64_t end = cloud * args.leaves + filled_leaves(args, cloud);
+  for (int64_t leaf = cloud * args.leaves + warp; leaf < end; leaf += kFeatureWarps) {
+    const float* coordinates = args.coordinates + leaf * args.dims * kLeaf + lane;
+    float distance = 0;
+#pragma unroll 8
+    for (int64_t d = 0; d < args.dims; ++d) {
+      distance = add_square(distance, query[d] - coordinates[d * kLeaf]);
+    }
+    const int32_t point = indexed_row(args, leaf * kLeaf + lane);
+    consider(list, distance, point, point >= 0 && !(args.exclude_self && point == row));
+  }
+  list.store(distances + warp * kWarpSize, rows + warp * kWarpSize);
+  __syncthreads();
+  if (warp > 0) return;
+  for (int other = kWarpSize; other < kFeatureThreads; other += kWarpSize) {
+    const bool exists = lane < args.k && rows[other + lane] >= 0;
+    consider(list, distances[other + lane], rows[other + lane], exists);
+  }
+  list.store(args.distances + output, args.indices + output);
 }
 
 // A block multiplies tiles of queries and points; each warp 32 x 32 of them, and then looks through the rows
@@ -311,8 +355,7 @@ __global__ void __launch_bounds__(kFeatureThreads, 2)
     }
   }
 
-  const int64_t filled = (args.counts[cloud] + kLeaf - 1) / kLeaf;
-  const int64_t leaves = filled < args.leaves ? filled : args.leaves;
+  const int64_t leaves = filled_leaves(args, cloud);
   for (int64_t leaf = 0; leaf < leaves; leaf += kTileLeaves) {
     WarpProduct product;
     for (int64_t begin = 0; begin < args.dims; begin += kFeatureDepth) {
@@ -446,8 +489,10 @@ void search_features(const KnnArgs<float>& args, const Tensor& points, cudaStrea
   const int64_t queries = args.batch * args.num_queries, count = candidates_of(args.k);
   Tensor counts = torch::stable::new_zeros(points, {args.batch}, ScalarType::Long);
   Tensor rows = torch::stable::new_empty(points, {queries}, ScalarType::Long);
-  const OpenQueries open{reinterpret_cast<unsigned long long*>(mutable_data<int64_t>(counts)),
-                         mutable_data<int64_t>(rows)};
+  OpenQueries open;
+  open.counts = reinterpret_cast<unsigned long long*>(mutable_data<int64_t>(counts));
+  open.rows = mutable_data<int64_t>(rows);
+  if (args.k <= RegisterList<float>::kMost) open.few = divide_up(args.num_queries, kFewShare);
   if (count == kWarpSize) {
     launch_products<true>(args, {}, open, stream);
   } else {
@@ -457,6 +502,8 @@ void search_features(const KnnArgs<float>& args, const Tensor& points, cudaStrea
     fill_missing(memory.bounds, memory.rows, queries * count, stream);
     launch_products<false>(args, memory, open, stream);
   }
+  launch("knn", knn_open_kernel, grid_of(args.batch * open.few), dim3(kFeatureThreads), 0, stream, args,
+         open);
   launch_differences<List>(args, open, stream);
 }
 
