@@ -34,7 +34,7 @@ struct OpenQueries {
   unsigned long long* counts = nullptr;  // (batch)
   int64_t* rows = nullptr;               // (batch, num_queries); null for all queries
   // Up to so many of a cloud are few.
-  int64_t few = 0;
+  unsigned few = 0;
 };
 
 // Leaves of a cloud with points in them.
@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(kFeatureThreads) knn_open_kernel(KnnArgs<float
   AVATAR_SHARED(float, distances, kFeatureThreads);
   AVATAR_SHARED(int32_t, rows, kFeatureThreads);
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-  const int64_t cloud = blockIdx.x / open.few, place = blockIdx.x - cloud * open.few;
+  const int64_t cloud = blockIdx.x / open.few, place = blockIdx.x % open.few;
   const int64_t count = static_cast<int64_t>(open.counts[cloud]);
   if (count > open.few || place >= count) return;
   const int64_t row = open.rows[cloud * args.num_queries + place];
@@ -186,20 +186,18 @@ struct alignas(32) ProductMemory {
   int32_t candidates[kOnChip ? kTileQueries * kWarpSize : 1];
 };
 
-// Rounding of the product form. With u = 2^-24, norms |q|, |p| after centring and the distance t measured
-// directly, |q|^2 + |p|^2 - 2 q.p as computed differs from t by at most
-//   u (|q| + |p|)^2 (dims + 3)         for the norms and the last sums,
-//   2 u 24 |q| |p|                     for splitting: a number is two of TensorFloat-32 and a rest of less
-//   than
-//                                      2^-20 of it, and low times low is left out,
-//   2 u 12 dims |q| |p|                for adding up: each of the 3 dims products is cut at 2u of the sum,
-//   and
-//                                      so is the sum, at most twice every four products (Fasi et al.,
-//                                      Numerical behavior of NVIDIA tensor cores, PeerJ Computer Science
-//                                      2021),
-//   4 u (|q| + |p|) sqrt(t) + (dims + 2) u t  for centring and for t itself
-// (Higham, Accuracy and Stability of Numerical Algorithms, 3.1), with 2 |q| |p| <= |q|^2 + |p|^2. `relative`
-// covers the first three and the centring with room to spare, `absolute` what underflow loses.
+// Rounding of the product form. With u = 2^-24, norms |q|, |p| after centring, n = |q|^2 + |p|^2, which is at
+// least 2 |q| |p|, and the distance t measured directly, n - 2 q.p as computed differs from t by at most
+// (dims + 2) u t, and u n times
+//   2 dims + 6 for the norms and the last sums;
+//   48 for splitting: a number is two of TensorFloat-32 and a rest of less than 2^-20 of it, and rests and
+//      products of two low parts are left out;
+//   12 dims for adding up: each of 3 dims products is cut at 2u of the sum, and the sum itself at most three
+//      times every four products (Fasi, Higham, Mikaitis and Pranesh, Numerical behavior of NVIDIA tensor
+//      cores, PeerJ Computer Science 2021);
+//   8 for centring
+// (Higham, Accuracy and Stability of Numerical Algorithms, 3.1). `relative` covers that with room to spare
+// for the arithmetic of the bound itself, `absolute` what underflow loses.
 struct ProductBound {
   explicit ProductBound(int64_t dims)
       : relative(static_cast<float>(8 * dims + 64) * FLT_EPSILON),
@@ -469,11 +467,12 @@ void launch_products(const KnnArgs<float>& args, const CandidateMemory& memory, 
          open);
 }
 
-// Whether products find the neighbours with less work. Measuring the candidates and keeping them takes a
-// query about as long as direct differences with a few times as many points.
+// Whether products find the neighbours with less work. A pair takes about dims / 13 instructions of a warp by
+// direct differences and a fifth of that by products, but each candidate about 10 dims / 32 to be measured,
+// and 40 to be kept and put in order.
 inline bool by_products(const KnnArgs<float>& args) {
-  return args.num_points >= 4 * candidates_of(args.k) && ProductBound(args.dims).is_useful() &&
-         is_aligned(args.coordinates);
+  return args.num_points * args.dims >= candidates_of(args.k) * (4 * args.dims + 512) &&
+         ProductBound(args.dims).is_useful() && is_aligned(args.coordinates);
 }
 
 template <typename List, typename A>
@@ -492,7 +491,9 @@ void search_features(const KnnArgs<float>& args, const Tensor& points, cudaStrea
   OpenQueries open;
   open.counts = reinterpret_cast<unsigned long long*>(mutable_data<int64_t>(counts));
   open.rows = mutable_data<int64_t>(rows);
-  if (args.k <= RegisterList<float>::kMost) open.few = divide_up(args.num_queries, kFewShare);
+  if (args.k <= RegisterList<float>::kMost) {
+    open.few = grid_of(divide_up(args.num_queries, kFewShare)).x;
+  }
   if (count == kWarpSize) {
     launch_products<true>(args, {}, open, stream);
   } else {

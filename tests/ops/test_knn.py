@@ -171,17 +171,34 @@ FEATURES = [
 @pytest.mark.parametrize("kind", FEATURES)
 @pytest.mark.parametrize(
     ("count", "dims", "k"),
-    [(200, 11, 1), (333, 37, 20), (300, 16, 24), (300, 64, 25), (290, 12, 32), (500, 20, 50)],
+    [
+        (1600, 12, 8),
+        (400, 64, 1),
+        (300, 129, 20),
+        (300, 130, 24),
+        (620, 100, 25),
+        (512, 128, 32),
+        (530, 130, 50),
+    ],
 )
 def test_features_equal_brute_force_where_products_tell_little(kind, count, dims, k):
     points = features_of(kind, count, dims)
-    for arguments in ({"exclude_self": True}, {"queries": points[::7] + 1}):
+    for arguments in ({"queries": points[::7] + 1}, {"queries": points[3::9]}):
         assert_same(knn(points, k, **arguments), reference.knn(points, k, **arguments))
+
+
+@pytest.mark.parametrize("kind", FEATURES)
+def test_features_equal_brute_force_among_themselves(kind):
+    points = features_of(kind, 300, 129)
+    for exclude_self in (False, True):
+        assert_same(
+            knn(points, 20, exclude_self=exclude_self), reference.knn(points, 20, exclude_self=exclude_self)
+        )
 
 
 def test_features_of_ragged_clouds_equal_brute_force():
     points = torch.stack(
-        [features_of(kind, 300, 33) for kind in ("block", "duplicates", "outliers", "block")]
+        [features_of(kind, 300, 133) for kind in ("block", "duplicates", "outliers", "block")]
     )
     for lengths in ([300, 150, 299, 0], [1, 300, 31, 20]):
         arguments = {"k": 20, "lengths": torch.tensor(lengths)}
@@ -193,11 +210,11 @@ def test_features_of_ragged_clouds_equal_brute_force():
 @pytest.mark.parametrize("kind", ["normal", "clusters"])
 @pytest.mark.parametrize("k", [20, 40])
 def test_distances_of_features_do_not_depend_on_the_other_points(kind, k):
-    points = torch.randn(400, 45)
+    points = torch.randn(600, 100)
     if kind == "clusters":
-        points = points * 1e-3 + 50 * torch.randn(4, 45)[torch.arange(400) % 4]
+        points = points * 1e-3 + 50 * torch.randn(4, 100)[torch.arange(600) % 4]
     distances, indices = knn(points, k)
-    for query in (0, 123, 399):
+    for query in (0, 123, 599):
         alone = knn(points[indices[query]], k, queries=points[query : query + 1])
         assert torch.equal(alone.distances[0], distances[query])
 
