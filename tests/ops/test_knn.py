@@ -196,6 +196,16 @@ def test_features_equal_brute_force_among_themselves(kind):
         )
 
 
+@pytest.mark.parametrize(("count", "k"), [(300, 20), (530, 30), (530, 40)])
+@pytest.mark.parametrize("among_duplicates", [1, 3, 50])
+def test_features_of_some_queries_among_duplicates_equal_brute_force(count, k, among_duplicates):
+    points = features_of("block", count, 130)
+    points[5:105] = points[0]
+    queries = points[105:275] + 1
+    queries[:among_duplicates] = points[0]
+    assert_same(knn(points, k, queries=queries), reference.knn(points, k, queries=queries))
+
+
 def test_features_of_ragged_clouds_equal_brute_force():
     points = torch.stack(
         [features_of(kind, 300, 133) for kind in ("block", "duplicates", "outliers", "block")]
