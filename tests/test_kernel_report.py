@@ -27,7 +27,11 @@ WIDE = (
     "edge_products_kernel<float, float>",
     "edge_reverse_kernel<true, float, unsigned char>",
     "knn_feature_kernel<float, RegisterList<float> >",
+    "knn_product_kernel<false>",
+    "knn_product_kernel<true>",
 )
+# These multiply on matrix units.
+MATRIX = ("knn_product_kernel<false>", "knn_product_kernel<true>")
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +59,12 @@ def test_packs_are_loaded_16_bytes_at_a_time(kernels):
     for capability in {capability for capability, _ in kernels}:
         for name in WIDE:
             assert kernels[capability, name].wide_accesses > 0, (capability, name)
+
+
+def test_cuda_products_use_matrix_units(kernels):
+    for capability in {capability for capability, _ in kernels}:
+        for name in MATRIX:
+            assert kernels[capability, name].matrix_instructions > 0, (capability, name)
 
 
 def test_registers_are_those_of_the_report(kernels):

@@ -107,6 +107,7 @@ CASES = [
     _knn_case("features-queries", points=70, dims=64, k=9, queries=41, lengths=[70, 3]),
     _knn_case("features-lattice", points=300, dims=12, k=12, make=lattice, exclude_self=True),
     _knn_case("features-many-neighbors", points=150, dims=24, k=80),
+    _knn_case("many-features", points=270, batch=1, dims=130, k=12, exclude_self=True),
     _knn_case("far", points=300, make=_far_lattice),
     _knn_case("features-far", points=300, dims=20, k=10, make=_far_lattice),
     _knn_case("bad-points", points=90, make=_with_bad_points),

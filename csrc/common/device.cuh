@@ -16,7 +16,7 @@
 
 // AVATAR_SHARED(float, tile, 64) declares `tile`, an array of 64 floats that the block shares; the size is a
 // constant. AVATAR_DYNAMIC_SHARED(float, tile) declares a pointer to the shared bytes that the launch asks
-// for.
+// for, aligned to 32 bytes.
 //
 // AVATAR_DEVICE_ASSERT(condition, format, ...) checks data, such as an index, in a kernel. On the device a
 // failure prints the condition and ends the program's use of the device (cudaErrorAssert), in release builds
@@ -25,7 +25,7 @@
 #if defined(__CUDACC__)
 #define AVATAR_SHARED(type, name, count) __shared__ type name[count]
 #define AVATAR_DYNAMIC_SHARED(type, name)                                \
-  extern __shared__ __align__(16) unsigned char avatar_dynamic_shared[]; \
+  extern __shared__ __align__(32) unsigned char avatar_dynamic_shared[]; \
   type* const name = reinterpret_cast<type*>(avatar_dynamic_shared)
 #define AVATAR_DEVICE_ASSERT(condition, ...) \
   do {                                       \

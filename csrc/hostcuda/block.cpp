@@ -10,6 +10,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <random>
 #include <stdexcept>
 #include <string>
@@ -45,9 +46,14 @@ struct Thread {
 
 // Without AddressSanitizer, canaries around the bytes tell at the end of the block whether they were overrun.
 struct SharedArray {
+  static constexpr std::align_val_t kAlignment{32};
+  struct Free {
+    void operator()(unsigned char* memory) const { ::operator delete[](memory, kAlignment); }
+  };
+
   const void* key;
   size_t bytes;
-  std::unique_ptr<unsigned char[]> memory;  // aligned for every vector type
+  std::unique_ptr<unsigned char[], Free> memory;  // aligned for matrices of warps
 
 #if defined(__SANITIZE_ADDRESS__)
   static constexpr size_t kMargin = 0;
@@ -56,7 +62,7 @@ struct SharedArray {
 #endif
 
   SharedArray(const void* key, size_t bytes)
-      : key(key), bytes(bytes), memory(new unsigned char[bytes + 2 * kMargin]) {
+      : key(key), bytes(bytes), memory(new (kAlignment) unsigned char[bytes + 2 * kMargin]) {
     std::memset(memory.get(), kCanary, bytes + 2 * kMargin);
     std::memset(data(), kPoison, bytes);
   }

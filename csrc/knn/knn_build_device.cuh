@@ -1,8 +1,9 @@
 // The index of knn on the device, in the same parts as on the CPU (see knn_index.h): points packed into
 // leaves of a warp's width, in Morton order where a tree is used. The tree is 32 wide: level 0 are the
 // leaves, each node of a level covers 32 of the level before, up to the first level of at most 32 nodes; the
-// boxes and the smallest rows of all levels lie one after another. In feature space `bounds` and `extra` are
-// zero. Source: Karras, Maximizing Parallelism in the Construction of BVHs, Octrees, and k-d Trees, HPG 2012.
+// boxes and the smallest rows of all levels lie one after another. In feature space `bounds` are squared
+// norms of the points minus a center, +inf after the last, and `extra` the centers. Source: Karras,
+// Maximizing Parallelism in the Construction of BVHs, Octrees, and k-d Trees, HPG 2012.
 #pragma once
 
 #include <algorithm>
@@ -20,6 +21,8 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kBuildThreads = 256, kBuildWarps = kBuildThreads / kWarpSize;
 // Enough for clouds of less than 2^31 points.
 constexpr int kMaxLevels = 6;
+// Points whose mean is the center of a cloud in feature space.
+constexpr int64_t kCenterSamples = 512;
 
 struct TreeLevels {
   int64_t leaves;
@@ -151,13 +154,37 @@ __device__ inline void store_lowest(int32_t* lowest, int64_t node, int32_t row) 
   if (threadIdx.x % kWarpSize == 0) lowest[node] = least == none ? -1 : least;
 }
 
-// A warp a leaf: order, coordinates and, with boxes, the leaf's node.
+// In feature space: the mean of some of a cloud's points, or 0 where it overflows. A block kWarpSize
+// coordinates of a cloud.
+template <typename A>
+__global__ void __launch_bounds__(kBuildThreads)
+    knn_center_kernel(const A* __restrict__ points, const int64_t* __restrict__ sorted,
+                      const int64_t* __restrict__ counts, int64_t rows, int64_t dims,
+                      A* __restrict__ centers) {
+  AVATAR_SHARED(A, partial, kBuildThreads);
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  const int64_t groups = (dims + kWarpSize - 1) / kWarpSize, cloud = blockIdx.x / groups;
+  const int64_t d = (blockIdx.x - cloud * groups) * kWarpSize + lane;
+  const int64_t count = counts[cloud], samples = count < kCenterSamples ? count : kCenterSamples;
+  A sum = 0;
+  for (int64_t i = warp; i < samples && d < dims; i += kBuildWarps) {
+    sum += points[(cloud * rows + sorted[cloud * rows + i * count / samples]) * dims + d];
+  }
+  partial[threadIdx.x] = sum;
+  __syncthreads();
+  if (warp > 0 || d >= dims) return;
+  for (int other = 1; other < kBuildWarps; ++other) sum += partial[other * kWarpSize + lane];
+  const A mean = samples > 0 ? sum / static_cast<A>(samples) : A(0);
+  centers[cloud * dims + d] = is_finite(mean) ? mean : A(0);
+}
+
+// A warp a leaf: order, coordinates and the leaf's node with boxes, norms with centers.
 template <typename A>
 __global__ void __launch_bounds__(kBuildThreads, 4)
     knn_pack_kernel(const A* __restrict__ points, const int64_t* __restrict__ sorted,
                     const int64_t* __restrict__ counts, int64_t batch, int64_t rows, int64_t leaves, int dims,
                     A* __restrict__ coordinates, int32_t* __restrict__ order, A* __restrict__ boxes,
-                    int32_t* __restrict__ lowest) {
+                    int32_t* __restrict__ lowest, const A* __restrict__ centers, A* __restrict__ norms) {
   const int lane = threadIdx.x % kWarpSize;
   const int64_t warp = static_cast<int64_t>(blockIdx.x) * kBuildWarps + threadIdx.x / kWarpSize;
   if (warp >= batch * leaves) return;
@@ -166,8 +193,10 @@ __global__ void __launch_bounds__(kBuildThreads, 4)
   const A* point = points + (cloud * rows + row) * dims;
   const A infinity = std::numeric_limits<A>::infinity();
   order[warp * kLeaf + lane] = row;
+  A norm = row < 0 ? infinity : A(0);
   for (int d = 0; d < dims; ++d) {
     const A value = row < 0 ? A(0) : point[d];
+    if (centers) norm += (value - centers[cloud * dims + d]) * (value - centers[cloud * dims + d]);
     coordinates[(warp * dims + d) * kLeaf + lane] = value;
     if (boxes) {
       store_box(boxes, cloud * 2 * leaves + leaf, dims, d, row < 0 ? infinity : value,
@@ -175,6 +204,7 @@ __global__ void __launch_bounds__(kBuildThreads, 4)
     }
   }
   if (boxes) store_lowest(lowest, cloud * 2 * leaves + leaf, row);
+  if (centers) norms[warp * kLeaf + lane] = norm;
 }
 
 // A warp a node of a level, from the level before.
@@ -242,9 +272,16 @@ DeviceIndex build_index(const Tensor& points, const std::optional<Tensor>& lengt
   const Tensor sorted = std::get<1>(stable_sort(keys));
   A* boxes = tree ? mutable_data<A>(index.bounds) : nullptr;
   int32_t* lowest = tree ? mutable_data<int32_t>(index.extra) : nullptr;
+  A* norms = tree ? nullptr : mutable_data<A>(index.bounds);
+  A* centers = tree ? nullptr : mutable_data<A>(index.extra);
+  if (!tree) {
+    launch("knn", knn_center_kernel<A>, grid_of(batch * divide_up(dims, kWarpSize)), dim3(kBuildThreads), 0,
+           stream, data, const_data<int64_t>(sorted), const_data<int64_t>(index.counts), rows, dims, centers);
+  }
   launch("knn", knn_pack_kernel<A>, grid_of(divide_up(batch * leaves, kBuildWarps)), dim3(kBuildThreads), 0,
          stream, data, const_data<int64_t>(sorted), const_data<int64_t>(index.counts), batch, rows, leaves,
-         dims, mutable_data<A>(index.coordinates), mutable_data<int32_t>(index.order), boxes, lowest);
+         dims, mutable_data<A>(index.coordinates), mutable_data<int32_t>(index.order), boxes, lowest, centers,
+         norms);
   const TreeLevels levels(leaves);
   for (int level = 1; tree && level < levels.count; ++level) {
     launch("knn", knn_level_kernel<A>, grid_of(divide_up(batch * levels.size(level), kBuildWarps)),

@@ -1,91 +1,9 @@
-#include "knn/knn_build_device.cuh"
-#include "knn/knn_list_device.cuh"
+#include "knn/knn_features_device.cuh"
 
 namespace avatar {
 namespace {
 
 constexpr int kTreeWarps = 4;
-constexpr int kFeatureWarps = 8;
-// Queries whose neighbours a warp looks for at once; a block's queries are as many as a leaf has points.
-constexpr int kFeatureQueries = kLeaf / kFeatureWarps;
-// Coordinates in shared memory at once.
-constexpr int kFeatureDepth = 32;
-constexpr int kThreads = 256;
-
-template <typename A>
-struct KnnArgs {
-  const A* coordinates;
-  const int32_t* order;
-  const int64_t* counts;
-  const A* boxes;
-  const int32_t* lowest;
-  int64_t num_points, leaves, dims;
-  // Null where the points in the index are the queries.
-  const A* queries;
-  const int64_t* query_lengths;
-  const A* points;
-  int64_t batch, num_queries, k;
-  bool exclude_self;
-  A* distances;      // (batch, num_queries, k)
-  int64_t* indices;  // (batch, num_queries, k)
-
-  // Places of queries in a cloud: those of the index or rows.
-  __host__ __device__ int64_t places() const { return queries ? num_queries : leaves * kLeaf; }
-};
-
-// Rounded once, so that a box is never farther than what it holds.
-__device__ inline float add_square(float sum, float difference) {
-  return __fmaf_rn(difference, difference, sum);
-}
-__device__ inline double add_square(double sum, double difference) {
-  return __fma_rn(difference, difference, sum);
-}
-
-// A row of the index; one that does not belong to the points ends the kernel.
-template <typename A>
-__device__ int32_t indexed_row(const KnnArgs<A>& args, int64_t place) {
-  const int32_t row = args.order[place];
-  AVATAR_DEVICE_ASSERT_VALUE(row >= -1 && row < args.num_points,
-                             "knn_search: index: does not fit the points, expected what knn_build makes of "
-                             "them");
-  return row;
-}
-
-// The query row at a place of a cloud, or -1 where there is none that is in use and finite. For a whole warp.
-template <typename A>
-__device__ int64_t query_row(const KnnArgs<A>& args, int64_t cloud, int64_t place) {
-  if (place >= args.places()) return -1;
-  if (!args.queries) return indexed_row(args, cloud * args.leaves * kLeaf + place);
-  if (args.query_lengths) {
-    const int64_t length = args.query_lengths[cloud];
-    AVATAR_DEVICE_ASSERT_VALUE(length >= 0 && length <= args.num_queries,
-                               "knn: query_lengths[%lld] = %lld; expected a length in [0, %lld]",
-                               static_cast<long long>(cloud), static_cast<long long>(length),
-                               static_cast<long long>(args.num_queries));
-    if (place >= length) return -1;
-  }
-  const A* query = args.queries + (cloud * args.num_queries + place) * args.dims;
-  bool finite = true;
-  for (int64_t d = threadIdx.x % kWarpSize; d < args.dims; d += kWarpSize) finite &= is_finite(query[d]);
-  return __all_sync(kAllLanes, finite) ? place : -1;
-}
-
-template <typename A>
-__device__ const A* query_at(const KnnArgs<A>& args, int64_t cloud, int64_t row) {
-  return args.queries ? args.queries + (cloud * args.num_queries + row) * args.dims
-                      : args.points + (cloud * args.num_points + row) * args.dims;
-}
-
-// "Missing" for every neighbour.
-template <typename A>
-__global__ void __launch_bounds__(kThreads)
-    knn_fill_kernel(A* __restrict__ distances, int64_t* __restrict__ indices, int64_t count) {
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < count; i += stride) {
-    distances[i] = std::numeric_limits<A>::infinity();
-    indices[i] = -1;
-  }
-}
 
 // A warp a query: nodes of one level are told apart by lanes, the nearest first; a lane each point of a leaf.
 template <typename A, typename List>
@@ -161,86 +79,11 @@ __global__ void __launch_bounds__(kTreeWarps* kWarpSize, 6)
   list.store(args.distances + output, args.indices + output);
 }
 
-// In feature space: a block takes as many queries as a leaf has points and goes through all leaves, in pieces
-// of kFeatureDepth coordinates; a lane each point of the leaf, a warp kFeatureQueries queries.
 template <typename A, typename List>
-__global__ void __launch_bounds__(kFeatureWarps* kWarpSize, 2) knn_feature_kernel(KnnArgs<A> args) {
-  using Queries = Pack<A, kPackBytes / sizeof(A)>;
-  constexpr int kPack = kPackBytes / sizeof(A), kPitch = kLeaf + kPack;
-  AVATAR_SHARED(A, points, kFeatureDepth * kLeaf);
-  AVATAR_SHARED(Queries, query_packs, kFeatureDepth * kPitch / kPack);
-  AVATAR_SHARED(int64_t, rows, kLeaf);
-  A* queries = query_packs[0].values;
-  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-  const int64_t blocks = (args.places() + kLeaf - 1) / kLeaf;
-  const int64_t cloud = blockIdx.x / blocks, first = (blockIdx.x - cloud * blocks) * kLeaf;
-  for (int i = 0; i < kFeatureQueries; ++i) {
-    const int64_t row = query_row(args, cloud, first + warp * kFeatureQueries + i);
-    if (lane == 0) rows[warp * kFeatureQueries + i] = row;
-  }
-  __syncthreads();
-  const auto output = [&](int i) {
-    const int64_t row = rows[warp * kFeatureQueries + i];
-    return (cloud * args.num_queries + (row < 0 ? 0 : row)) * args.k;
-  };
-  // Without a query there is no memory of its own to look at.
-  const auto list_of = [&](int i) {
-    const bool exists = rows[warp * kFeatureQueries + i] >= 0;
-    return List(args.distances + output(i), args.indices + output(i), exists ? args.k : 0);
-  };
-  List lists[kFeatureQueries] = {list_of(0), list_of(1), list_of(2), list_of(3)};
-  static_assert(kFeatureQueries == 4, "one list each");
-
-  const int64_t filled = (args.counts[cloud] + kLeaf - 1) / kLeaf;
-  const int64_t leaves = filled < args.leaves ? filled : args.leaves;
-  for (int64_t leaf = cloud * args.leaves; leaf < cloud * args.leaves + leaves; ++leaf) {
-    A distances[kFeatureQueries] = {};
-    for (int64_t begin = 0; begin < args.dims; begin += kFeatureDepth) {
-      const int64_t rest = args.dims - begin;
-      const int depth = static_cast<int>(rest < kFeatureDepth ? rest : kFeatureDepth);
-      __syncthreads();
-      for (int i = threadIdx.x; i < depth * kLeaf; i += kFeatureWarps * kWarpSize) {
-        points[i] = args.coordinates[(leaf * args.dims + begin) * kLeaf + i];
-      }
-      for (int i = threadIdx.x; i < kFeatureDepth * kLeaf; i += kFeatureWarps * kWarpSize) {
-        const int d = i % kFeatureDepth, n = i / kFeatureDepth;
-        if (d < depth && rows[n] >= 0) queries[d * kPitch + n] = query_at(args, cloud, rows[n])[begin + d];
-      }
-      __syncthreads();
-      for (int d = 0; d < depth; ++d) {
-        const A point = points[d * kLeaf + lane];
-#pragma unroll
-        for (int i = 0; i < kFeatureQueries; i += kPack) {
-          const Queries pack = query_packs[(d * kPitch + warp * kFeatureQueries + i) / kPack];
-#pragma unroll
-          for (int j = 0; j < kPack; ++j) distances[i + j] = add_square(distances[i + j], pack[j] - point);
-        }
-      }
-    }
-    const int32_t point = indexed_row(args, leaf * kLeaf + lane);
-#pragma unroll
-    for (int i = 0; i < kFeatureQueries; ++i) {
-      const int64_t row = rows[warp * kFeatureQueries + i];
-      consider(lists[i], distances[i], point, point >= 0 && row >= 0 && !(args.exclude_self && point == row));
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < kFeatureQueries; ++i) {
-    if (rows[warp * kFeatureQueries + i] < 0) continue;
-    lists[i].store(args.distances + output(i), args.indices + output(i));
-  }
-}
-
-template <typename A, typename List>
-void launch_search(const KnnArgs<A>& args, cudaStream_t stream) {
-  const int64_t places = args.batch * args.places();
-  if (args.dims <= kTreeDims) {
-    launch("knn", knn_tree_kernel<A, List>, grid_of(divide_up(places, kTreeWarps)),
-           dim3(kTreeWarps * kWarpSize), 0, stream, args, TreeLevels(args.leaves));
-  } else {
-    launch("knn", knn_feature_kernel<A, List>, grid_of(args.batch * divide_up(args.places(), kLeaf)),
-           dim3(kFeatureWarps * kWarpSize), 0, stream, args);
-  }
+void launch_search(const KnnArgs<A>& args, const Tensor& points, cudaStream_t stream) {
+  if (args.dims > kTreeDims) return search_features<List>(args, points, stream);
+  launch("knn", knn_tree_kernel<A, List>, grid_of(divide_up(args.batch * args.places(), kTreeWarps)),
+         dim3(kTreeWarps * kWarpSize), 0, stream, args, TreeLevels(args.leaves));
 }
 
 template <typename A>
@@ -255,9 +98,7 @@ std::tuple<Tensor, Tensor> search(const DeviceIndex& index, const Tensor& points
   Tensor distances = torch::stable::new_empty(points, {batch, num_queries, k});
   Tensor indices = torch::stable::new_empty(points, {batch, num_queries, k}, ScalarType::Long);
   const cudaStream_t stream = current_stream(points);
-  launch("knn", knn_fill_kernel<A>, grid_of(grid_size(divide_up(distances.numel(), kThreads))),
-         dim3(kThreads), 0, stream, mutable_data<A>(distances), mutable_data<int64_t>(indices),
-         distances.numel());
+  fill_missing(mutable_data<A>(distances), mutable_data<int64_t>(indices), distances.numel(), stream);
   KnnArgs<A> args{};
   args.coordinates = const_data<A>(index.coordinates);
   args.order = const_data<int32_t>(index.order);
@@ -265,6 +106,9 @@ std::tuple<Tensor, Tensor> search(const DeviceIndex& index, const Tensor& points
   if (points.size(2) <= kTreeDims) {
     args.boxes = const_data<A>(index.bounds);
     args.lowest = const_data<int32_t>(index.extra);
+  } else {
+    args.norms = const_data<A>(index.bounds);
+    args.centers = const_data<A>(index.extra);
   }
   args.num_points = points.size(1);
   args.leaves = divide_up(points.size(1), kLeaf);
@@ -281,9 +125,9 @@ std::tuple<Tensor, Tensor> search(const DeviceIndex& index, const Tensor& points
   args.indices = mutable_data<int64_t>(indices);
   if (distances.numel() == 0 || args.leaves == 0) return {distances, indices};
   if (k <= RegisterList<A>::kMost) {
-    launch_search<A, RegisterList<A>>(args, stream);
+    launch_search<A, RegisterList<A>>(args, points, stream);
   } else {
-    launch_search<A, MemoryList<A>>(args, stream);
+    launch_search<A, MemoryList<A>>(args, points, stream);
   }
   return {distances, indices};
 }

@@ -18,7 +18,8 @@ class RegisterList {
  public:
   static constexpr int64_t kMost = kWarpSize;
 
-  __device__ RegisterList(A*, int64_t*, int64_t k)
+  template <typename Index>
+  __device__ RegisterList(A*, Index*, int64_t k)
       : last_(static_cast<int>(k) - 1), distance_(std::numeric_limits<A>::infinity()), row_(~0u) {
     find_worst();
   }
@@ -42,12 +43,22 @@ class RegisterList {
     find_worst();
   }
 
-  // To what the list was made with.
-  __device__ void store(A* distances, int64_t* indices) const {
+  // To what the list was made with, and from there.
+  template <typename Index>
+  __device__ void store(A* distances, Index* indices) const {
     const int lane = threadIdx.x % kWarpSize;
     if (lane > last_) return;
     distances[lane] = distance_;
     indices[lane] = static_cast<int32_t>(row_);
+  }
+  template <typename Index>
+  __device__ void load(const A* distances, const Index* indices) {
+    const int lane = threadIdx.x % kWarpSize;
+    if (lane <= last_) {
+      distance_ = distances[lane];
+      row_ = static_cast<uint32_t>(indices[lane]);
+    }
+    find_worst();
   }
 
  private:
@@ -63,10 +74,10 @@ class RegisterList {
 
 // Any number of neighbours, kept where they are to be stored; "missing" everywhere before. With none, it
 // touches no memory, and nothing may be inserted.
-template <typename A>
+template <typename A, typename Index = int64_t>
 class MemoryList {
  public:
-  __device__ MemoryList(A* distances, int64_t* indices, int64_t k)
+  __device__ MemoryList(A* distances, Index* indices, int64_t k)
       : k_(k), distances_(distances), indices_(indices), worst_distance_(0), worst_row_(0) {
     if (k > 0) find_worst();
   }
@@ -97,13 +108,14 @@ class MemoryList {
     }
     if (lane == 0 && place < k_) {
       distances_[place] = distance;
-      indices_[place] = row;
+      indices_[place] = static_cast<Index>(row);
     }
     __syncwarp();
     find_worst();
   }
 
-  __device__ void store(A*, int64_t*) const {}
+  __device__ void store(A*, Index*) const {}
+  __device__ void load(const A*, const Index*) {}
 
  private:
   __device__ void find_worst() {
@@ -113,7 +125,7 @@ class MemoryList {
 
   int64_t k_;
   A* distances_;
-  int64_t* indices_;
+  Index* indices_;
   A worst_distance_;
   uint32_t worst_row_;
 };

@@ -1,5 +1,7 @@
 // Every emulated device function against what CUDA's documentation says of it. Each kernel writes what it
 // gets, for one warp or block; the host works out what that has to be.
+#include <mma.h>
+
 #include <cmath>
 #include <functional>
 #include <string>
@@ -382,6 +384,64 @@ bool block_sums() {
   return std::all_of(output.data(), output.data() + kThreads, [&](float sum) { return sum == expected; });
 }
 
+#if !defined(__CUDACC__) || !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+// Two warps, each a product of its own: 3 (A B + C), by rows or by columns in memory.
+template <typename LayoutA, typename LayoutB>
+__global__ void matrix_kernel(const float* a, const float* b, float* output, int pitch, bool by_rows) {
+  namespace wmma = nvcuda::wmma;
+  wmma::fragment<wmma::matrix_a, 16, 16, 8, wmma::precision::tf32, LayoutA> rows;
+  wmma::fragment<wmma::matrix_b, 16, 16, 8, wmma::precision::tf32, LayoutB> columns;
+  wmma::fragment<wmma::accumulator, 16, 16, 8, float> sums, doubled;
+  const int warp = threadIdx.x / kWarpSize;
+  wmma::fill_fragment(sums, 100.f);
+  wmma::load_matrix_sync(rows, a, pitch);
+  wmma::load_matrix_sync(columns, b + warp * 16 * pitch, pitch);
+  wmma::mma_sync(sums, rows, columns, sums);
+  wmma::mma_sync(doubled, rows, columns, sums);
+  for (int i = 0; i < static_cast<int>(sums.num_elements); ++i) sums.x[i] += doubled.x[i];
+  wmma::store_matrix_sync(output + warp * 16 * pitch, sums, pitch,
+                          by_rows ? wmma::mem_row_major : wmma::mem_col_major);
+}
+#endif
+
+template <typename LayoutA, typename LayoutB>
+bool multiplies(bool a_by_rows, bool b_by_rows, bool by_rows) {
+  const int pitch = 20;
+  Array<float> a(16 * pitch), b(32 * pitch), output(32 * pitch, -1.f);
+  for (size_t i = 0; i < a.size(); ++i) a[i] = static_cast<float>(i * 37 % 101) - 50;
+  for (size_t i = 0; i < b.size(); ++i) b[i] = static_cast<float>(i * 53 % 97) / 8;
+  avatar::launch("matrix", matrix_kernel<LayoutA, LayoutB>, dim3(1), dim3(2 * kWarpSize), 0, nullptr,
+                 a.data(), b.data(), output.data(), pitch, by_rows);
+  finish();
+  const auto place = [&](int row, int column, bool rows) {
+    return rows ? row * pitch + column : column * pitch + row;
+  };
+  for (int warp = 0; warp < 2; ++warp) {
+    for (int row = 0; row < 16; ++row) {
+      for (int column = 0; column < 16; ++column) {
+        float product = 0;
+        for (int k = 0; k < 8; ++k)
+          product += a[place(row, k, a_by_rows)] * b[warp * 16 * pitch + place(k, column, b_by_rows)];
+        if (output[warp * 16 * pitch + place(row, column, by_rows)] != 3 * product + 200) return false;
+      }
+    }
+  }
+  return true;
+}
+
+bool multiplies_matrices() {
+  using nvcuda::wmma::col_major;
+  using nvcuda::wmma::row_major;
+  bool right = true;
+  for (const bool by_rows : {false, true}) {
+    right &= multiplies<row_major, row_major>(true, true, by_rows);
+    right &= multiplies<row_major, col_major>(true, false, by_rows);
+    right &= multiplies<col_major, row_major>(false, true, by_rows);
+    right &= multiplies<col_major, col_major>(false, false, by_rows);
+  }
+  return right;
+}
+
 bool refuses(dim3 block, size_t shared) {
   try {
     Array<int> output(1024);
@@ -416,6 +476,7 @@ int main() {
       {"arithmetic", arithmetic},
       {"indices", indices},
       {"block sums", block_sums},
+      {"matrices", multiplies_matrices},
       {"refusals", refuses_what_no_device_takes},
   };
   return run_program([&] {

@@ -6,12 +6,13 @@
 #include <cstring>
 #include <exception>
 #include <memory>
+#include <new>
 #include <vector>
 
 #include "common/device.cuh"
 
-// `count` elements of exactly their size, so that AddressSanitizer sees every overrun. On a device, managed
-// memory.
+// `count` elements of exactly their size, so that AddressSanitizer sees every overrun, aligned for matrices.
+// On a device, managed memory.
 template <typename T>
 class Array {
  public:
@@ -19,7 +20,7 @@ class Array {
 #if defined(__CUDACC__)
     avatar::check_cuda(cudaMallocManaged(&data_, count * sizeof(T)), "cudaMallocManaged");
 #else
-    data_ = new T[count];
+    data_ = new (kAlignment) T[count];
 #endif
     std::fill_n(data_, count, value);
   }
@@ -27,7 +28,7 @@ class Array {
 #if defined(__CUDACC__)
     cudaFree(data_);
 #else
-    delete[] data_;
+    ::operator delete[](data_, kAlignment);
 #endif
   }
   Array(const Array&) = delete;
@@ -36,6 +37,7 @@ class Array {
   T& operator[](size_t i) { return data_[i]; }
 
  private:
+  static constexpr std::align_val_t kAlignment{32};
   T* data_ = nullptr;
   size_t count_;
 };

@@ -33,6 +33,7 @@ CAUGHT = [
     ("write_race", [], ("plain", "sanitize"), (1,), r"^wrong$"),
     ("write_race", [], ("race",), (0, 1), r"data race: write .* and write .*write_race\.cu"),
     ("lost_update", [], ("race",), (0, 1), r"data race: .*lost_update\.cu"),
+    ("unrounded_operand", [], EVERY, (0, 1), r"multiplies a number that is no TensorFloat-32"),
     ("bad_index", [], EVERY, (0, 1), r"^indices\[2\] = 8; expected an index in \[0, 8\)$"),
 ]
 
