@@ -12,21 +12,24 @@ edge would be work. Sums have a fixed order: there are no atomics.
 
 from __future__ import annotations
 
-from itertools import accumulate
-
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import dot_precision, launch, power_of_two
+from ._edge_layers import (
+    Layers,
+    activation_channels,
+    hidden_layers,
+    linear_block,
+    linear_channels,
+    normalization,
+    store_channels,
+)
+from ._launch import launch
 from ._position import (
-    MOST_SLOTS,
-    WIDEST_BLOCK,
     add_to,
     block_pointers,
-    incoming,
     leaky_relu,
     outgoing_edges,
     program_count,
@@ -35,114 +38,8 @@ from ._position import (
     unknown,
 )
 
-# Channels that a product takes at a time, of the layer that it starts from; in sums of weights' gradients.
-STEP, GRADIENT_STEP = 32, 16
-# Edges of a tile by the dtype and the widest block of channels.
-EDGES = {
-    torch.float32: {32: 128, 64: 64, 128: 64},
-    torch.float64: {32: 16, 64: 16, 128: 16},
-}
 # Of the kernel that adds up by the point that edges lead to.
-INCOMING = {"ROWS": 8, "SLOTS": 4, "num_warps": 4}
-# Numbers of the buffer of edges' gradients, and of all slices' gradients of the layers, where p and q do not hold
-# more.
-LEAST_BUFFER = MOST_PARTIAL = 1 << 24
-
-# Layers are constants: WIDTHS of each; PADDED with zeros to a multiple of its BLOCKS entry; PLACES, where a layer's
-# channels stand among those of all, and their number; MATRICES, where in `parameters` the matrix [in, out] that leads
-# to a layer stands, then where the scales of all channels do, which their shifts follow.
-
-
-@triton.jit
-def linear_channels(
-    p, q, scratch, row, point, valid, start,
-    LAYER: tl.constexpr, WIDTHS: tl.constexpr, PADDED: tl.constexpr, PLACES: tl.constexpr, COUNT: tl.constexpr,
-):  # fmt: skip
-    """(edges, COUNT): channels of a linear layer from `start` on; of the first, 0 where there is no edge."""
-    if LAYER == 0:
-        column = start + tl.arange(0, COUNT)
-        mask = valid[:, None] & (column < WIDTHS[0])[None, :]
-        own = tl.load(p + row[:, None] * WIDTHS[0] + column[None, :], mask=mask, other=0.0)
-        neighbor = tl.load(q + point[:, None] * WIDTHS[0] + column[None, :], mask=mask, other=0.0)
-        linear = own - neighbor
-    else:
-        scratch += row.shape[0] * (PLACES[LAYER] - PADDED[0])
-        linear = tl.load(block_pointers(scratch, 0, start, PADDED[LAYER], 1, row.shape[0], COUNT))
-    return linear
-
-
-@triton.jit
-def normalization(
-    parameters, start, LAYER: tl.constexpr, PLACES: tl.constexpr, MATRICES: tl.constexpr, COUNT: tl.constexpr
-):
-    """Scales and shifts (1, COUNT) of a layer's channels from `start` on."""
-    scales = parameters + MATRICES[len(PLACES) - 1] + PLACES[LAYER] + start + tl.arange(0, COUNT)
-    return tl.load(scales)[None, :], tl.load(scales + PLACES[len(PLACES) - 1])[None, :]
-
-
-@triton.jit
-def activation_channels(
-    p, q, parameters, scratch, row, point, valid, start,
-    LAYER: tl.constexpr, WIDTHS: tl.constexpr, PADDED: tl.constexpr, PLACES: tl.constexpr, MATRICES: tl.constexpr,
-    SLOPE: tl.constexpr, COUNT: tl.constexpr,
-):  # fmt: skip
-    """(edges, COUNT): activations of a layer, from channel `start` on; 0 beyond its width."""
-    linear = linear_channels(p, q, scratch, row, point, valid, start, LAYER, WIDTHS, PADDED, PLACES, COUNT)
-    scale, shift = normalization(parameters, start, LAYER, PLACES, MATRICES, COUNT)
-    activation = leaky_relu(linear * scale + shift, SLOPE)
-    # Infinite numbers times a padding of zeros would be NaN.
-    inside = (start + tl.arange(0, COUNT) < WIDTHS[LAYER])[None, :]
-    return tl.where(inside, activation, 0.0)
-
-
-@triton.jit
-def linear_block(
-    p, q, parameters, scratch, row, point, valid, start,
-    LAYER: tl.constexpr, WIDTHS: tl.constexpr, PADDED: tl.constexpr, BLOCKS: tl.constexpr, PLACES: tl.constexpr,
-    MATRICES: tl.constexpr, SLOPE: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """(edges, block): channels of a linear layer from `start` on, from the layer before."""
-    if LAYER == 0:
-        total = linear_channels(
-            p, q, scratch, row, point, valid, start, LAYER, WIDTHS, PADDED, PLACES, BLOCKS[LAYER]
-        )
-    else:
-        total = tl.zeros([row.shape[0], BLOCKS[LAYER]], p.dtype.element_ty)
-        for inner in tl.range(0, unknown(PADDED[LAYER - 1]), STEP, disable_licm=True):
-            left = activation_channels(
-                p, q, parameters, scratch, row, point, valid, inner,
-                LAYER - 1, WIDTHS, PADDED, PLACES, MATRICES, SLOPE, STEP,
-            )  # fmt: skip
-            matrix = parameters + MATRICES[LAYER]
-            right = tl.load(block_pointers(matrix, inner, start, PADDED[LAYER], 1, STEP, BLOCKS[LAYER]))
-            total = tl.dot(left, right, total, input_precision=PRECISION, out_dtype=total.dtype)
-    return total
-
-
-@triton.jit
-def hidden_layers(
-    p, q, parameters, scratch, row, point, valid,
-    WIDTHS: tl.constexpr, PADDED: tl.constexpr, BLOCKS: tl.constexpr, PLACES: tl.constexpr, MATRICES: tl.constexpr,
-    SLOPE: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Writes the linear layers between the first and the last to `scratch`."""
-    for layer in tl.static_range(1, len(WIDTHS) - 1):
-        # Until all threads have read what the tile before, or written what the layer before, has left.
-        tl.debug_barrier()
-        for start in tl.range(0, unknown(PADDED[layer]), BLOCKS[layer], disable_licm=True):
-            block = linear_block(
-                p, q, parameters, scratch, row, point, valid, start,
-                layer, WIDTHS, PADDED, BLOCKS, PLACES, MATRICES, SLOPE, STEP, PRECISION,
-            )  # fmt: skip
-            store_channels(scratch, block, start, layer, PADDED, PLACES)
-    tl.debug_barrier()
-
-
-@triton.jit
-def store_channels(scratch, block, start, LAYER: tl.constexpr, PADDED: tl.constexpr, PLACES: tl.constexpr):
-    EDGES: tl.constexpr = block.shape[0]
-    scratch += EDGES * (PLACES[LAYER] - PADDED[0])
-    tl.store(block_pointers(scratch, 0, start, PADDED[LAYER], 1, EDGES, block.shape[1]), block)
+INCOMING = {"ROWS": 8, "SLOTS": 4, "num_warps": 4, "maxnreg": 255}
 
 
 @triton.jit(do_not_specialize=["rows", "tiles"])
@@ -208,15 +105,16 @@ def statistics_kernel(
 ):  # fmt: skip
     """Of one slice of the edges and one block of channels of the last linear layer, all in float64.
 
-    counts (slices,) of edges; means and squares (slices, channels) of deviations from these means, added up.
+    counts (slices,) of edges; means and squares (slices, channels) of deviations from these means, added up
+    from 0.
     """
     LAST: tl.constexpr = len(WIDTHS) - 1
     BLOCK: tl.constexpr = BLOCKS[LAST]
     scratch += (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * scratch_size
     start = tl.program_id(1) * BLOCK
+    target = tl.program_id(0) * PADDED[LAST] + start + tl.arange(0, BLOCK)
+    own = tl.arange(0, 1) + tl.program_id(0)
     count = tl.zeros([1], tl.float64)
-    mean = tl.zeros([BLOCK], tl.float64)
-    square = tl.zeros([BLOCK], tl.float64)
     # Chan, Golub and LeVeque, Updating formulae and a pairwise algorithm for computing sample variances, 1979.
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), disable_licm=True):
         for chunk in tl.range(tl.cdiv(K, SLOTS), disable_licm=True):
@@ -234,14 +132,12 @@ def statistics_kernel(
             deviation = tl.where(valid[:, None], linear - center[None, :], 0.0)
             edges = tl.zeros([1], tl.float64) + edges.to(tl.float64)
             share = edges / tl.maximum(count + edges, 1.0)
-            step = center.to(tl.float64) - mean
-            mean += step * share
-            square += tl.sum(deviation * deviation, 0).to(tl.float64) + step * step * (count * share)
+            # In registers, every thread might hold all channels.
+            step = center.to(tl.float64) - tl.load(means + target)
+            add_to(means + target, step * share)
+            square = tl.sum(deviation * deviation, 0).to(tl.float64)
+            add_to(squares + target, square + step * step * (count * share))
             count += edges
-    target = tl.program_id(0) * PADDED[LAST] + start + tl.arange(0, BLOCK)
-    tl.store(means + target, mean)
-    tl.store(squares + target, square)
-    own = tl.arange(0, 1) + tl.program_id(0)
     tl.store(counts + own, count, mask=own * 0 + tl.program_id(1) == 0)
 
 
@@ -309,13 +205,13 @@ def seed_block(
 def add_matrix_gradient(
     p, q, parameters, scratch, partial, row, point, valid,
     LAYER: tl.constexpr, WIDTHS: tl.constexpr, PADDED: tl.constexpr, BLOCKS: tl.constexpr, PLACES: tl.constexpr,
-    MATRICES: tl.constexpr, SLOPE: tl.constexpr, GRADIENT_STEP: tl.constexpr, PRECISION: tl.constexpr,
+    MATRICES: tl.constexpr, SLOPE: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds to `partial` the gradient of the matrix that leads to a layer, whose own is in `scratch`."""
-    for inner in tl.range(0, unknown(PADDED[LAYER - 1]), GRADIENT_STEP, disable_licm=True):
+    for inner in tl.range(0, unknown(PADDED[LAYER - 1]), STEP, disable_licm=True):
         left = activation_channels(
             p, q, parameters, scratch, row, point, valid, inner,
-            LAYER - 1, WIDTHS, PADDED, PLACES, MATRICES, SLOPE, GRADIENT_STEP,
+            LAYER - 1, WIDTHS, PADDED, PLACES, MATRICES, SLOPE, STEP,
         )  # fmt: skip
         for start in tl.range(0, unknown(PADDED[LAYER]), BLOCKS[LAYER], disable_licm=True):
             right = linear_channels(
@@ -323,9 +219,7 @@ def add_matrix_gradient(
             )
             product = tl.dot(tl.trans(left), right, input_precision=PRECISION, out_dtype=right.dtype)
             matrix = partial + MATRICES[LAYER]
-            add_to(
-                block_pointers(matrix, inner, start, PADDED[LAYER], 1, GRADIENT_STEP, BLOCKS[LAYER]), product
-            )
+            add_to(block_pointers(matrix, inner, start, PADDED[LAYER], 1, STEP, BLOCKS[LAYER]), product)
 
 
 @triton.jit
@@ -352,7 +246,7 @@ def backward_kernel(
     scratch_size,
     WIDTHS: tl.constexpr, PADDED: tl.constexpr, BLOCKS: tl.constexpr, PLACES: tl.constexpr,
     MATRICES: tl.constexpr, SLOPE: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr,
-    STEP: tl.constexpr, GRADIENT_STEP: tl.constexpr, PRECISION: tl.constexpr,
+    STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """For one slice of the tiles in [begin, end): what is kept of each edge, grad_p, and a share of the rest.
 
@@ -388,9 +282,10 @@ def backward_kernel(
                     store_channels(scratch, gradient, start, LAST, PADDED, PLACES)
             for layer in tl.static_range(LAST - 1, -1, -1):
                 tl.debug_barrier()
+                row, point, valid = outgoing_edges(points, tile, chunk, rows, K, ROWS, SLOTS)
                 add_matrix_gradient(
                     p, q, parameters, scratch, partial, row, point, valid,
-                    layer + 1, WIDTHS, PADDED, BLOCKS, PLACES, MATRICES, SLOPE, GRADIENT_STEP, PRECISION,
+                    layer + 1, WIDTHS, PADDED, BLOCKS, PLACES, MATRICES, SLOPE, STEP, PRECISION,
                 )  # fmt: skip
                 # From here on a layer's gradient takes its place.
                 tl.debug_barrier()
@@ -399,6 +294,8 @@ def backward_kernel(
                         scratch, parameters, start,
                         layer, PADDED, BLOCKS, PLACES, MATRICES, ROWS * SLOTS, STEP, PRECISION,
                     )  # fmt: skip
+                    # Loaded again, these take no registers from the product.
+                    row, point, valid = outgoing_edges(points, tile, chunk, rows, K, ROWS, SLOTS)
                     linear = linear_channels(
                         p, q, scratch, row, point, valid, start, layer, WIDTHS, PADDED, PLACES, BLOCKS[layer]
                     )
@@ -412,19 +309,24 @@ def backward_kernel(
                             WIDTHS[0], K, ROWS, SLOTS,
                         )  # fmt: skip
                     else:
+                        # What every thread has read by now is written over.
+                        tl.debug_barrier()
                         store_channels(scratch, gradient, start, layer, PADDED, PLACES)
 
 
-@triton.jit(do_not_specialize=["rows", "first_edge"])
+@triton.jit(do_not_specialize=["rows", "first_row", "first_edge"])
 def subtract_edges_kernel(
-    edges, offsets, order, grad_q, rows, first_edge,
+    edges, offsets, order, grad_q, rows, first_row, first_edge,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """Subtracts from grad_q (rows, WIDTH) what the edges kept send to the point that they lead to."""
+    """Subtracts from grad_q (rows, WIDTH) what a round's edges send to the point that they lead to.
+
+    The round's part of `offsets` begins at first_row; the first of the edges kept is edge first_edge.
+    """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    begin = tl.load(offsets + row, mask=row < rows, other=0)
-    end = tl.load(offsets + row + 1, mask=row < rows, other=0)
+    begin = tl.load(offsets + first_row + row, mask=row < rows, other=0)
+    end = tl.load(offsets + first_row + row + 1, mask=row < rows, other=0)
     total = tl.zeros([ROWS, BLOCK], edges.dtype.element_ty)
     for chunk in tl.range((tl.max(end - begin, 0) + SLOTS - 1) // SLOTS, disable_licm=True):
         place = begin[:, None] + chunk * SLOTS + tl.arange(0, SLOTS)[None, :]
@@ -435,102 +337,6 @@ def subtract_edges_kernel(
     target = grad_q + row[:, None] * WIDTH + column[None, :]
     mask = (begin < end)[:, None] & (column < WIDTH)[None, :]
     tl.store(target, tl.load(target, mask=mask, other=0.0) - total, mask=mask)
-
-
-def padded_width(width: int) -> int:
-    if width > WIDEST_BLOCK:
-        return triton.cdiv(width, WIDEST_BLOCK) * WIDEST_BLOCK
-    return max(STEP, power_of_two(width))
-
-
-def slots_of(k: int, edges: int) -> int:
-    """Slots of a chunk: those that leave least of the last one empty, then the most."""
-    sizes = [size for size in (4, 8, 16, MOST_SLOTS) if size <= edges]
-    return min(sizes, key=lambda size: (triton.cdiv(k, size) * size, -size))
-
-
-class Layers:
-    """Inputs of the ops, packed for the kernels."""
-
-    def __init__(self, p, q, points, weights, scales, shifts, slope):
-        self.rows, self.k = points.shape
-        self.p, self.q, self.points = p.contiguous(), q.contiguous(), points.contiguous()
-        self.widths = (p.shape[1], *(weight.shape[0] for weight in weights))
-        self.padded = tuple(map(padded_width, self.widths))
-        self.places = tuple(accumulate(self.padded, initial=0))
-        sizes = [a * b for a, b in zip(self.padded, self.padded[1:], strict=False)]
-        self.matrices = (0, *accumulate(sizes, initial=0))
-        self.size = self.matrices[-1] + 2 * self.places[-1]
-        self.parameters = p.new_zeros(self.size)
-        matrices, of_scales, of_shifts = self.unpack(self.parameters)
-        for target, source in zip(matrices, weights, strict=True):
-            target.copy_(source.mT)
-        # The last layer of statistics has neither.
-        for targets, sources in ((of_scales, scales), (of_shifts, shifts)):
-            for target, source in zip(targets, sources, strict=False):
-                target.copy_(source)
-        blocks = tuple(min(width, WIDEST_BLOCK) for width in self.padded)
-        edges = EDGES[p.dtype][max(blocks)]
-        slots = slots_of(self.k, edges)
-        self.options = {
-            "WIDTHS": self.widths,
-            "PADDED": self.padded,
-            "BLOCKS": blocks,
-            "PLACES": self.places,
-            "MATRICES": self.matrices,
-            "SLOPE": slope,
-            "K": self.k,
-            "ROWS": edges // slots,
-            "SLOTS": slots,
-            "STEP": STEP,
-            "PRECISION": dot_precision(p.dtype),
-            "num_warps": 8,
-            # Loops are not pipelined: some read what the step before has written.
-            "num_stages": 1,
-            "maxnreg": 255,
-        }
-        self.tiles = triton.cdiv(self.rows, edges // slots) if self.k else 0
-        # Programs that share a tile in the kernels that take one block of the last layer.
-        self.first_blocks, self.last_blocks = self.padded[0] // blocks[0], self.padded[-1] // blocks[-1]
-
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.p, self.q, self.points, self.parameters
-
-    def unpack(self, flat: Tensor) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Views of `parameters`, or of their gradient: matrices [in, out], scales and shifts of every layer."""
-        matrices = [
-            flat[begin : begin + inner * outer].view(inner, outer)[:inputs, :outputs]
-            for begin, inner, outer, inputs, outputs in zip(
-                self.matrices[1:-1], self.padded, self.padded[1:], self.widths, self.widths[1:], strict=False
-            )
-        ]
-        scales, shifts = flat[self.matrices[-1] :].view(2, -1)
-        scales, shifts = (
-            [part[begin : begin + width] for begin, width in zip(self.places, self.widths, strict=False)]
-            for part in (scales, shifts)
-        )
-        return matrices, scales, shifts
-
-    def scratch(self, programs: int, layers: int) -> Tensor:
-        """(programs, ...): what `layers` layers after the first hold of a tile of each program."""
-        channels = self.places[1 + layers] - self.padded[0]
-        return self.p.new_empty(programs, self.options["ROWS"] * self.options["SLOTS"] * channels)
-
-    def tiles_of_a_round(self) -> int:
-        """How many tiles' edges the buffer of the backward pass keeps at a time."""
-        numbers = max(self.p.numel() + self.q.numel(), LEAST_BUFFER)
-        tile = self.options["ROWS"] * self.k * self.widths[0]
-        return max(1, min(self.tiles, numbers // max(tile, 1)))
-
-    def incoming(self, per_round: int) -> tuple[Tensor, Tensor]:
-        """The edges by round, then by the point that they lead to, as `incoming` gives them."""
-        rounds, rows = triton.cdiv(self.tiles, per_round), per_round * self.options["ROWS"]
-        points = F.pad(self.points, (0, 0, 0, max(0, rounds * rows - self.rows)), value=-1)
-        return incoming(points[: rounds * rows].view(rounds, rows, self.k), self.rows)
-
-    def padded_channels(self, tensor: Tensor) -> Tensor:
-        """A vector over the last layer's channels, padded."""
-        return F.pad(tensor, (0, self.padded[-1] - self.widths[-1]))
 
 
 def edge_layers(
@@ -546,11 +352,12 @@ def edge_layers(
     layers = Layers(p, q, points, weights, scales, shifts, negative_slope)
     output = p.new_zeros(layers.rows, layers.widths[-1])
     slots = p.new_full((layers.rows if keep_slots else 0, layers.widths[-1]), -1, dtype=torch.int32)
-    programs = program_count(layers.tiles)
-    scratch = layers.scratch(programs * layers.last_blocks, max(0, len(weights) - 1))
+    size = layers.scratch_size(max(0, len(weights) - 1))
+    programs = min(program_count(layers.tiles), layers.fitting(layers.last_blocks * size))
+    scratch = p.new_empty(programs * layers.last_blocks * size)
     launch(
         maximum_kernel, (programs, layers.last_blocks),
-        *layers.tensors(), output, slots, scratch, layers.rows, layers.tiles, scratch.shape[1],
+        *layers.tensors(), output, slots, scratch, layers.rows, layers.tiles, size,
         SAVE=keep_slots, **layers.options,
     )  # fmt: skip
     return output, slots
@@ -567,13 +374,15 @@ def edge_layers_statistics(
 ) -> tuple[Tensor, Tensor, Tensor]:
     layers = Layers(p, q, points, weights, scales, shifts, negative_slope)
     channels = layers.padded[-1]
+    size = layers.scratch_size(max(0, len(weights) - 1))
     slices = slice_count(layers.tiles, layers.rows * channels, 2 * channels)
+    slices = min(slices, layers.fitting(layers.last_blocks * size))
     counts = p.new_empty(slices, 1, dtype=torch.float64)
-    means, squares = p.new_empty(2, slices, channels, dtype=torch.float64)
-    scratch = layers.scratch(slices * layers.last_blocks, max(0, len(weights) - 1))
+    means, squares = p.new_zeros(2, slices, channels, dtype=torch.float64)
+    scratch = p.new_empty(slices * layers.last_blocks * size)
     launch(
         statistics_kernel, (slices, layers.last_blocks),
-        *layers.tensors(), counts, means, squares, scratch, layers.rows, layers.tiles, scratch.shape[1],
+        *layers.tensors(), counts, means, squares, scratch, layers.rows, layers.tiles, size,
         **layers.options,
     )  # fmt: skip
     count = counts.sum()
@@ -597,18 +406,19 @@ def edge_layers_backward(
     shifts: list[Tensor],
     negative_slope: float,
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], list[Tensor]]:
-    layers = Layers(p, q, points, weights, scales, shifts, negative_slope)
+    layers = Layers(p, q, points, weights, scales, shifts, negative_slope, backward=True)
     if slots is None:
         seed = None, None, layers.padded_channels(constant), layers.padded_channels(factor)
     else:
         seed = grad.contiguous(), slots.contiguous(), None, None
     grad_p, grad_q = torch.zeros_like(layers.p), torch.zeros_like(layers.q)
-    per_round = layers.tiles_of_a_round()
-    slices = slice_count(min(layers.tiles, per_round), p.numel() + q.numel(), layers.size)
-    slices = min(slices, max(1, max(p.numel() + q.numel(), MOST_PARTIAL) // layers.size))
-    partial = p.new_zeros(slices, layers.size)
-    scratch = layers.scratch(slices, len(weights))
     tile_edges = layers.options["ROWS"] * layers.k
+    per_round = max(1, min(layers.tiles, layers.fitting(tile_edges * p.shape[1])))
+    scratch_size = layers.scratch_size(len(weights))
+    slices = slice_count(min(layers.tiles, per_round), p.numel() + q.numel(), layers.size)
+    slices = min(slices, layers.fitting(layers.size), layers.fitting(scratch_size))
+    partial = p.new_zeros(slices, layers.size)
+    scratch = p.new_empty(slices, scratch_size)
     kept = p.new_empty(per_round * tile_edges, p.shape[1])
     offsets, order = layers.incoming(per_round)
     for number, begin in enumerate(range(0, layers.tiles, per_round)):
@@ -617,11 +427,11 @@ def edge_layers_backward(
         launch(
             backward_kernel, (min(slices, end - begin),),
             *layers.tensors(), *seed, partial, grad_p, kept, scratch, layers.rows, begin, end, layers.size,
-            scratch.shape[1], GRADIENT_STEP=GRADIENT_STEP, **layers.options,
+            scratch_size, **layers.options,
         )  # fmt: skip
         launch(
             subtract_edges_kernel, (triton.cdiv(layers.rows, INCOMING["ROWS"]), layers.first_blocks),
-            kept, offsets[number * layers.rows :], order, grad_q, layers.rows, begin * tile_edges,
+            kept, offsets, order, grad_q, layers.rows, number * layers.rows, begin * tile_edges,
             WIDTH=p.shape[1], BLOCK=layers.options["BLOCKS"][0], **INCOMING,
         )  # fmt: skip
     of_weights, of_scales, of_shifts = layers.unpack(partial.sum(0))
