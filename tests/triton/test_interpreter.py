@@ -32,7 +32,6 @@ CONVOLUTION = "not plain-tiles and not winograd and not plain-40"
 RELATED = {"edge_mlp": ["edge_mlp_statistics"]}
 INNER = {"edge_mlp": "edge_layers"}
 SELECTIONS = {
-    "edge_mlp": "not ((float16 or bfloat16) and tiles)",
     "local_attention_pool": ATTENTION,
     "edge_moments": ATTENTION,
     "modulated_conv2d": CONVOLUTION,
