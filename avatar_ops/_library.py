@@ -53,7 +53,8 @@ def launch_with_triton(module: str, *names: str) -> None:
         def run(*args, name=name):
             launcher = getattr(importlib.import_module(f"{NAMESPACE}.triton.{module}"), name)
             # The op's own autocast has chosen the dtypes; products that a launcher makes by torch keep them.
-            with torch.autocast(args[0].device.type, enabled=False):
+            device_type = next(t for t in args if isinstance(t, Tensor)).device.type
+            with torch.autocast(device_type, enabled=False):
                 return launcher(*args)
 
         TRITON_KERNELS[name] = run

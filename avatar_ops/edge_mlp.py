@@ -1,17 +1,15 @@
-"""EdgeConv with several layers per edge: schemas, functions, kernels on tiles of edges, fakes, autograd.
+"""EdgeConv with several layers per edge: schemas, functions, kernels, fakes, autograd.
 
-The first layer is split into products per point, which torch computes. What follows runs over tiles of
-edges: one tile's exist at a time, and the backward pass computes them again, so memory is O(N * (C + O)). On
-the CPU native kernels do that, elsewhere torch ops.
+The first layer is split into products per point, which torch computes. What follows, edge_layers and its
+kin, runs over tiles of edges: those of a few tiles exist at a time, and the backward pass computes them
+again, so memory is O(N * (C + O)).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ._library import (
@@ -22,11 +20,9 @@ from ._library import (
     check_slope,
     define,
     forbid_second_derivative,
+    launch_with_triton,
 )
 from .edge_conv import EdgeStatistics, check_edge_inputs, check_kept, needs_gradient
-
-# Elements of one layer's edges in a tile.
-TILE_ELEMENTS = 1 << 18
 
 # slots (B, N, O) int32: which neighbour gave the maximum, -1 for none; empty unless keep_slots.
 define(
@@ -63,6 +59,7 @@ define(
     "Tensor points, Tensor[] weights, Tensor[] scales, Tensor[] shifts, float negative_slope) "
     "-> (Tensor, Tensor, Tensor[], Tensor[], Tensor[])"
 )
+launch_with_triton("edge_mlp", "edge_layers", "edge_layers_statistics", "edge_layers_backward")
 
 
 def edge_mlp(
@@ -158,14 +155,6 @@ def _check(x, neighbors, weights, scales, shifts, normalized: int) -> Tensor:
     return neighbors
 
 
-class _Tile(NamedTuple):
-    """Edges of consecutive rows of the flattened batch."""
-
-    rows: slice
-    points: Tensor  # (R, K) flat point indices, 0 where there is none
-    valid: Tensor  # (R, K, 1)
-
-
 class _Layers:
     """The layers in the compute dtype, with the first one split: its output on edge (i, j) is p_i - q_j.
 
@@ -176,99 +165,37 @@ class _Layers:
     def __init__(self, x, neighbors, weights, scales, shifts, negative_slope):
         _check_indices(neighbors, x.shape[1])
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        self.weights, self.scales, self.shifts = (
+        wide_weights, wide_scales, wide_shifts = (
             [t.to(dtype) for t in part] for part in (weights, scales, shifts)
         )
-        self.negative_slope = negative_slope
         batch, num_points, inputs = x.shape
-        self.k = neighbors.shape[2]
-        valid = neighbors >= 0
-        offset = torch.arange(batch, device=x.device).view(-1, 1, 1) * num_points
-        self.points = torch.where(valid, neighbors + offset, 0).flatten(0, 1)
-        self.valid = valid.flatten(0, 1).unsqueeze(-1)
-        x = x.to(dtype)
-        self.x = x.reshape(-1, inputs)
-        self.centered = (x - _reference_points(x, neighbors)).reshape(-1, inputs)
-        self.own, self.neighbor = self.weights[0][:, :inputs], self.weights[0][:, inputs:]
-        self.q = self.centered @ self.neighbor.T
-        self.p = self.x @ self.own.T + self.q
+        first = torch.arange(batch, device=x.device).view(-1, 1, 1) * num_points
+        self.points = torch.where(neighbors >= 0, neighbors + first, -1).flatten(0, 1)
+        wide = x.to(dtype)
+        self.x = wide.reshape(-1, inputs)
+        self.centered = (wide - _reference_points(wide, neighbors)).reshape(-1, inputs)
+        self.own, self.neighbor = wide_weights[0][:, :inputs], wide_weights[0][:, inputs:]
+        q = self.centered @ self.neighbor.T
+        p = self.x @ self.own.T + q
+        # What the ops on edges are given, from p on, and what narrow() goes by.
+        self.edges = p, q, self.points, wide_weights[1:], wide_scales, wide_shifts, negative_slope
+        self.given = x, weights, scales, shifts
 
-    def native(self) -> tuple:
-        """Arguments of the kernels on tiles, from p on."""
-        points = torch.where(self.valid.squeeze(2), self.points, -1)
-        layers = (self.weights[1:], self.scales, self.shifts)
-        return self.p.contiguous(), self.q.contiguous(), points.contiguous(), *layers, self.negative_slope
-
-    def tiles(self) -> Iterator[_Tile]:
-        width = max(weight.shape[0] for weight in self.weights)
-        size = max(1, TILE_ELEMENTS // max(1, self.k * width))
-        for begin in range(0, self.x.shape[0] if self.k else 0, size):
-            rows = slice(begin, min(begin + size, self.x.shape[0]))
-            yield _Tile(rows, self.points[rows], self.valid[rows])
-
-    def run(self, tile: _Tile) -> tuple[list[Tensor], list[Tensor]]:
-        """(outputs of the linear layers, their activations), each (R, K, O); 0 where the first has no edge."""
-        linear = self.p[tile.rows].unsqueeze(1) - self.q[tile.points]
-        linears, activations = [torch.where(tile.valid, linear, 0)], []
-        for depth, (scale, shift) in enumerate(zip(self.scales, self.shifts, strict=True)):
-            activations.append(F.leaky_relu(linears[-1] * scale + shift, self.negative_slope))
-            if depth + 1 < len(self.weights):
-                linears.append(activations[-1] @ self.weights[depth + 1].T)
-        return linears, activations
-
-
-class _LayerGradients:
-    """Gradients in what _Layers holds, added up over tiles, or as the kernel gives them from a seed."""
-
-    def __init__(self, layers: _Layers, seed: tuple | None = None):
-        self.layers = layers
-        if seed is not None:
-            self.p, self.q, weights, self.scales, self.shifts = torch.ops.avatar_ops.edge_layers_backward(
-                *seed, *layers.native()
-            )
-            self.weights = [None, *weights]
-            return
-        self.p, self.q = torch.zeros_like(layers.p), torch.zeros_like(layers.q)
-        self.weights, self.scales, self.shifts = (
-            [torch.zeros_like(t) for t in part] for part in (layers.weights, layers.scales, layers.shifts)
-        )
-
-    def through_activation(self, depth: int, grad: Tensor, linear: Tensor, activation: Tensor) -> Tensor:
-        grad = torch.where(activation > 0, grad, grad * self.layers.negative_slope)
-        self.scales[depth] += (grad * linear).sum((0, 1))
-        self.shifts[depth] += grad.sum((0, 1))
-        return grad * self.layers.scales[depth]
-
-    def add(self, tile: _Tile, grad: Tensor, linears: list[Tensor], activations: list[Tensor]) -> None:
-        """Adds a tile's share, from the gradient of its last linear output, 0 where there is no edge."""
-        for depth in reversed(range(1, len(linears))):
-            self.weights[depth] += grad.flatten(0, 1).T @ activations[depth - 1].flatten(0, 1)
-            grad = grad @ self.layers.weights[depth]
-            grad = self.through_activation(depth - 1, grad, linears[depth - 1], activations[depth - 1])
-        self.p[tile.rows] += grad.sum(1)
-        self.q.index_add_(0, tile.points.flatten(), grad.flatten(0, 1), alpha=-1)
-
-    def result(self, x: Tensor, weights, scales, shifts):
-        """The gradients in the dtypes of the op's inputs."""
-        layers = self.layers
-        to_q = self.p + self.q
-        grad_x = (self.p @ layers.own + to_q @ layers.neighbor).view(x.shape)
-        # A point without edges adds nothing, be it NaN.
-        incoming = torch.zeros(layers.x.shape[0], dtype=torch.int32, device=x.device)
-        incoming.index_add_(0, layers.points.flatten(), layers.valid.flatten().int())
-        used = (layers.valid.squeeze(2).any(1) | (incoming > 0)).unsqueeze(1)
-        own = self.p.T @ torch.where(used, layers.x, 0)
-        neighbor = to_q.T @ torch.where(used, layers.centered, 0)
-        self.weights[0] = torch.cat([own, neighbor], 1)
-
-        def narrow(grads, like):
-            return [g.to(t.dtype) for g, t in zip(grads, like, strict=True)]
-
-        return (
-            grad_x.to(x.dtype),
-            narrow(self.weights, weights),
-            narrow(self.scales, scales),
-            narrow(self.shifts, shifts),
+    def gradients(self, *seed: Tensor | None) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+        """Those of the op's inputs, in their dtypes, from the first arguments of edge_layers_backward."""
+        of_p, of_q, of_weights, *grads = torch.ops.avatar_ops.edge_layers_backward(*seed, *self.edges)
+        of_q = of_p + of_q
+        # A point without edges adds nothing, be it NaN. The last place takes what -1 points to.
+        used = torch.zeros(len(self.x) + 1, dtype=torch.bool, device=self.x.device)
+        used.index_fill_(0, self.points.flatten(), True)
+        used = (used[:-1] | (self.points >= 0).any(1)).unsqueeze(1)
+        own = of_p.T @ torch.where(used, self.x, 0)
+        neighbor = of_q.T @ torch.where(used, self.centered, 0)
+        x, *given = self.given
+        grads = [[torch.cat([own, neighbor], 1), *of_weights], *grads]
+        return (of_p @ self.own + of_q @ self.neighbor).view(x.shape).to(x.dtype), *(
+            [grad.to(like.dtype) for grad, like in zip(part, likes, strict=True)]
+            for part, likes in zip(grads, given, strict=True)
         )
 
 
@@ -301,10 +228,6 @@ def _reference_points(x: Tensor, neighbors: Tensor) -> Tensor:
     return torch.where(median.isnan(), 0, median)
 
 
-def has_tile_kernels(x: Tensor) -> bool:
-    return x.device.type == "cpu"
-
-
 def _kernel(function):
     """Registers the kernel of the op of this name for any device; it runs in the dtypes that it is given."""
 
@@ -320,66 +243,22 @@ def _kernel(function):
 @_kernel
 def _edge_mlp(x, neighbors, weights, scales, shifts, negative_slope, keep_slots):
     layers = _Layers(x, neighbors, weights, scales, shifts, negative_slope)
-    channels = weights[-1].shape[0]
-    shape = (*x.shape[:2], channels)
-    if has_tile_kernels(x):
-        output, slots = torch.ops.avatar_ops.edge_layers(*layers.native(), keep_slots)
-        return output.view(shape).to(x.dtype), slots.view(shape if keep_slots else (0,))
-    output = layers.x.new_zeros(layers.x.shape[0], channels)
-    slots = x.new_full((layers.x.shape[0] if keep_slots else 0, channels), -1, dtype=torch.int32)
-    for tile in layers.tiles():
-        _, activations = layers.run(tile)
-        edges = activations[-1].reshape(1, -1, channels)
-        own = torch.arange(edges.shape[1], device=x.device).view(tile.points.shape)
-        own = own.masked_fill(~tile.valid.squeeze(2), -1).unsqueeze(0)
-        values, argmax = torch.ops.avatar_ops.edge_max(edges, own)
-        output[tile.rows] = values.squeeze(0)
-        if keep_slots:
-            slots[tile.rows] = torch.where(argmax >= 0, argmax % layers.k, -1).squeeze(0).int()
+    output, slots = torch.ops.avatar_ops.edge_layers(*layers.edges, keep_slots)
+    shape = (*x.shape[:2], output.shape[1])
     return output.view(shape).to(x.dtype), slots.view(shape if keep_slots else (0,))
 
 
 @_kernel
 def _edge_mlp_backward(grad, slots, x, neighbors, weights, scales, shifts, negative_slope):
     layers = _Layers(x, neighbors, weights, scales, shifts, negative_slope)
-    grad, slots = grad.flatten(0, 1).to(layers.x.dtype), slots.flatten(0, 1)
-    if has_tile_kernels(x):
-        seed = (grad.contiguous(), slots.contiguous(), None, None)
-        return _LayerGradients(layers, seed).result(x, weights, scales, shifts)
-    grads = _LayerGradients(layers)
-    for tile in layers.tiles():
-        linears, activations = layers.run(tile)
-        slot = slots[tile.rows].unsqueeze(1)
-        chosen = slot == torch.arange(layers.k, device=x.device, dtype=torch.int32).view(1, -1, 1)
-        edges = torch.where(chosen, grad[tile.rows].unsqueeze(1), 0)
-        last = len(weights) - 1
-        edges = grads.through_activation(last, edges, linears[last], activations[last])
-        grads.add(tile, edges, linears, activations)
-    return grads.result(x, weights, scales, shifts)
+    grad = grad.flatten(0, 1).to(layers.x.dtype)
+    return layers.gradients(grad.contiguous(), slots.flatten(0, 1).contiguous(), None, None)
 
 
 @_kernel
 def _edge_mlp_statistics(x, neighbors, weights, scales, shifts, negative_slope):
     layers = _Layers(x, neighbors, weights, scales, shifts, negative_slope)
-    if has_tile_kernels(x):
-        return torch.ops.avatar_ops.edge_layers_statistics(*layers.native())
-    count = torch.zeros((), dtype=torch.float64, device=x.device)
-    mean, squares = (
-        torch.zeros(weights[-1].shape[0], dtype=torch.float64, device=x.device) for _ in range(2)
-    )
-    # Chan, Golub and LeVeque, Updating formulae and a pairwise algorithm for computing sample variances, 1979.
-    for tile in layers.tiles():
-        linear = layers.run(tile)[0][-1]
-        edges = tile.valid.sum().double()
-        tile_mean = torch.where(tile.valid, linear, 0).sum((0, 1)) / edges.clamp(min=1)
-        deviation = torch.where(tile.valid, linear - tile_mean.to(linear.dtype), 0)
-        share = edges / (count + edges).clamp(min=1)
-        step = tile_mean - mean
-        mean += step * share
-        squares += deviation.square().sum((0, 1)) + step.square() * (count * share)
-        count += edges
-    dtype = layers.x.dtype
-    return mean.to(dtype), (squares / count.clamp(min=1)).to(dtype), count.long()
+    return torch.ops.avatar_ops.edge_layers_statistics(*layers.edges)
 
 
 @_kernel
@@ -388,16 +267,8 @@ def _edge_mlp_statistics_backward(
 ):
     layers = _Layers(x, neighbors, weights, scales, shifts, negative_slope)
     edges = count.clamp(min=1)
-    if has_tile_kernels(x):
-        factor = 2 * grad_variance / edges
-        seed = (None, None, grad_mean / edges - factor * mean, factor)
-        return _LayerGradients(layers, seed).result(x, weights, scales, shifts)
-    grads = _LayerGradients(layers)
-    for tile in layers.tiles():
-        linears, activations = layers.run(tile)
-        grad = (grad_mean + 2 * grad_variance * (linears[-1] - mean)) / edges
-        grads.add(tile, torch.where(tile.valid, grad, 0), linears, activations)
-    return grads.result(x, weights, scales, shifts)
+    factor = 2 * grad_variance / edges
+    return layers.gradients(None, None, grad_mean / edges - factor * mean, factor)
 
 
 def _fake_gradients(x, weights, scales, shifts):

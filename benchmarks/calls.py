@@ -18,6 +18,7 @@ from torch import Tensor
 
 import avatar_ops
 from avatar_ops.edge_conv import edge_conv_norm
+from avatar_ops.edge_mlp import edge_mlp
 from avatar_ops.testing import tensors_of
 
 POINTS = 400_000
@@ -154,6 +155,33 @@ def graph_calls() -> Iterator[Call]:
         [0, 2, 3, 4],
         flops=(2 * product, 4 * product),
         gathered_bytes=(2 * gathered, 2 * gathered),
+    )
+
+    def make_edge_mlp(ops):
+        function = edge_mlp if ops is avatar_ops else ops.edge_mlp
+
+        def layers(x, neighbors, first, second, *scales_and_shifts):
+            scales, shifts = scales_and_shifts[:2], scales_and_shifts[2:]
+            return function(x, neighbors, [first, second], scales, shifts)
+
+        inputs = [
+            torch.randn(1, POINTS, channels),
+            random_neighbors(POINTS, NEIGHBORS),
+            torch.randn(channels, 2 * channels),
+            torch.randn(channels, channels),
+        ]
+        return layers, inputs + [torch.randn(channels) for _ in range(4)]
+
+    # The first layer by the point, the second by the edge. The backward pass computes both again, and gathers for
+    # that, for the weight's gradient and for the first activation's; then each edge's gradient by its neighbour.
+    yield from forward_and_backward(
+        "edge_mlp",
+        "400k points, k = 20, 64 to 64 to 64 channels",
+        make_edge_mlp,
+        [0, *range(2, 8)],
+        flops=((2 + NEIGHBORS) * product, (6 + 3 * NEIGHBORS) * product),
+        gathered_bytes=(gathered, 4 * gathered),
+        rate="tf32x3",
     )
 
 

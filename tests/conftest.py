@@ -92,11 +92,15 @@ def interpret_triton_kernels(log: Path):
     )
     interpreter.InterpreterBuilder.create_dot = create_dot_of_floats
     # The interpreter takes its time by the operation, however many numbers it is on.
-    from avatar_ops.triton import _position, modulated_conv2d
+    from avatar_ops.triton import _edge_layers, _position, edge_mlp, modulated_conv2d
 
     modulated_conv2d.FILTERED_PIXELS = 256
-    for edges in (*_position.EDGES.values(), *_position.WEIGHT_GRADIENT_EDGES.values()):
-        edges.update(dict.fromkeys(edges, 1024))
+    for table in (_position.EDGES, _position.WEIGHT_GRADIENT_EDGES, _edge_layers.EDGES):
+        for edges in table.values():
+            edges.update(dict.fromkeys(edges, 1024))
+    edge_mlp.INCOMING["ROWS"] = 256
+    # So that the backward pass has several rounds.
+    _edge_layers.LEAST_WORKSPACE = 0
     # So that a slice, and a program, has several tiles of what tests are made of.
     _position.LEAST_SLICES = _position.MOST_PROGRAMS = 2
     for name, launcher in TRITON_KERNELS.items():

@@ -93,7 +93,7 @@ def test_report_has_every_call_and_no_local_memory():
                 assert usage.stack_bytes == 0, (launch, usage)
 
 
-@pytest.mark.parametrize("op", ["modulated_conv2d", "local_attention_pool"])
+@pytest.mark.parametrize("op", ["modulated_conv2d", "local_attention_pool", "edge_mlp"])
 def test_products_use_matrix_units(op):
     for call in REPORT["calls"]:
         if call["op"] != op or call["is_backward"]:

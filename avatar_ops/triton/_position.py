@@ -403,14 +403,14 @@ def slice_count(tiles: int, result: int, numbers: int) -> int:
     return min(tiles, MOST_SLICES, max(4 * result // numbers, LEAST_SLICES))
 
 
-def incoming(neighbors: Tensor) -> tuple[Tensor, Tensor]:
-    """The edges (B, N, K) by the point that they lead to.
+def incoming(neighbors: Tensor, cloud: int | None = None) -> tuple[Tensor, Tensor]:
+    """The edges (B, M, K) by the point that they lead to, of `cloud` points (default: M) of each cloud.
 
     Returns:
         offsets: (B N + 1,) int64; those to point i of all clouds stand at offsets[i] ... offsets[i + 1] - 1.
-        order: (B N K,) int64 the places of edges in `neighbors`, ascending for each point.
+        order: (B M K,) int64 the places of edges in `neighbors`, ascending for each point.
     """
-    batch, cloud, _ = neighbors.shape
+    batch, cloud = neighbors.shape[0], neighbors.shape[1] if cloud is None else cloud
     rows = batch * cloud
     # A sort takes time by the byte.
     dtype = torch.int32 if rows < 2**31 - 1 else torch.int64

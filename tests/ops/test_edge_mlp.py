@@ -3,43 +3,12 @@
 import torch
 
 import avatar_ops
-import avatar_ops.edge_mlp as module
-from avatar_ops.edge_mlp import edge_mlp, edge_mlp_statistics
+from avatar_ops.edge_mlp import edge_mlp
 from avatar_ops.testing.edge_mlp import CASES
 
 
 def inputs(index=0):
     return CASES[index].make(torch.Generator().manual_seed(5), torch.float64)
-
-
-def outcome():
-    """Everything that edge_mlp and its statistics give, gradients included."""
-    arguments = inputs()
-    leaves = [arguments["x"], *arguments["weights"], *arguments["scales"], *arguments["shifts"]]
-    for leaf in leaves:
-        leaf.requires_grad_()
-    output = edge_mlp(**arguments)
-    statistics = edge_mlp_statistics(
-        **{**arguments, "scales": arguments["scales"][:1], "shifts": arguments["shifts"][:1]}
-    )
-    total = output.square().sum() + statistics.variance.sum() + statistics.mean.square().sum()
-    return output, *statistics, *torch.autograd.grad(total, leaves)
-
-
-def test_the_size_of_tiles_does_not_show(monkeypatch):
-    monkeypatch.setattr(module, "has_tile_kernels", lambda x: False)
-    outcomes = []
-    for elements in (1, 1000, 1 << 30):
-        monkeypatch.setattr(module, "TILE_ELEMENTS", elements)
-        outcomes.append(outcome())
-    for other in outcomes[1:]:
-        torch.testing.assert_close(other, outcomes[0], rtol=1e-10, atol=1e-10)
-
-
-def test_tiles_in_torch_give_what_the_kernels_give(monkeypatch, isa):
-    native = outcome()
-    monkeypatch.setattr(module, "has_tile_kernels", lambda x: False)
-    torch.testing.assert_close(outcome(), native, rtol=1e-10, atol=1e-10)
 
 
 def test_many_rounds_of_tiles_give_the_same_for_any_number_of_threads():
