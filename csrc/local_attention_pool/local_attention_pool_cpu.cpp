@@ -1,5 +1,6 @@
 #include <algorithm>
 
+#include "common/huge_pages.h"
 #include "common/position_weights.h"
 #include "local_attention_pool/local_attention_pool_simd.h"
 
@@ -88,6 +89,7 @@ std::tuple<Tensor, Tensor> local_attention_pool_cpu(const Tensor& points, const 
   const Tensor like = to_type(score_weight, type);
   Tensor pooled = torch::stable::new_empty(like, {batch, cloud, width});
   Tensor statistics = torch::stable::new_empty(like, {batch, cloud, save_statistics ? width : 0});
+  for (const Tensor& fresh : {pooled, statistics}) advise_huge_pages(fresh);
   FirstBad bad;
   dispatch_compute(type, "local_attention_pool", [&](auto zero) {
     using T = decltype(zero);
