@@ -65,12 +65,6 @@ WinogradForm form_of(int64_t up, int64_t down) {
   return up == 2 ? WinogradForm::up : down == 2 ? WinogradForm::down : WinogradForm::plain;
 }
 
-Tensor working_memory(const Tensor& like, int64_t count) {
-  Tensor memory = torch::stable::new_empty(like, {count});
-  advise_huge_pages(memory);
-  return memory;
-}
-
 // How often the weights are transformed in part, and how their blocks of outputs are spread over tasks.
 struct WeightPlan {
   int64_t blocks, round_blocks, splits, split_blocks, weight_size;
@@ -93,8 +87,8 @@ void run_tasks(const WinogradConv2d& args, const WeightPlan& plan, int64_t items
                const Tensor& memory_like, const Run& run) {
   const int64_t tasks = items * plan.splits;
   const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), tasks);
-  Tensor weights = working_memory(memory_like, plan.round_blocks * plan.weight_size);
-  Tensor scratch = working_memory(memory_like, workers * worker_size);
+  Tensor weights = torch::stable::new_empty(memory_like, {plan.round_blocks * plan.weight_size});
+  Tensor scratch = torch::stable::new_empty(memory_like, {workers * worker_size});
   float* transformed = mutable_data<float>(weights);
   for (int64_t first = 0; first < plan.blocks; first += plan.round_blocks) {
     const int64_t count = std::min(plan.round_blocks, plan.blocks - first);
@@ -126,8 +120,8 @@ void convolve_held(const WinogradConv2d& args, int64_t panels, int64_t input_siz
   const int64_t blocks = divide_up(args.outputs, kWinogradOutputs);
   const int64_t weight_size = kWinogradParts * winograd_weight_stride(args.channels);
   const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), blocks);
-  Tensor inputs = working_memory(memory_like, panels * input_size);
-  Tensor scratch = working_memory(memory_like, workers * (weight_size + product_size));
+  Tensor inputs = torch::stable::new_empty(memory_like, {panels * input_size});
+  Tensor scratch = torch::stable::new_empty(memory_like, {workers * (weight_size + product_size)});
   float* transformed = mutable_data<float>(inputs);
   const int64_t pieces = divide_up(args.channels, kInputChannels);
   parallel_tasks(panels * pieces, [&](int64_t task) {
@@ -336,10 +330,10 @@ Tensor modulated_conv2d_winograd_weight_cpu(const Tensor& grad, const Tensor& x,
   const int64_t worker_size =
       std::max(std::max(input_size, gradient_size), all ? kWinogradParts * part_sums : 0);
   const int64_t threads = torch::stable::get_num_threads();
-  Tensor inputs = working_memory(x, block_panels * panel * input_parts * row);
-  Tensor gradients = working_memory(x, block_panels * panel * gradient_parts * rows);
-  Tensor scratch = working_memory(x, threads * worker_size);
-  Tensor sums_memory = working_memory(x, all ? 0 : kWinogradParts * rows * row);
+  Tensor inputs = torch::stable::new_empty(x, {block_panels * panel * input_parts * row});
+  Tensor gradients = torch::stable::new_empty(x, {block_panels * panel * gradient_parts * rows});
+  Tensor scratch = torch::stable::new_empty(x, {threads * worker_size});
+  Tensor sums_memory = torch::stable::new_empty(x, {all ? 0 : kWinogradParts * rows * row});
   Tensor result = torch::stable::new_empty(x, {args.outputs, args.channels, 3, 3});
   float* packed_input = mutable_data<float>(inputs);
   float* packed_gradient = mutable_data<float>(gradients);
