@@ -130,7 +130,11 @@ def pytest_collection_modifyitems(config, items):
 
     def is_of(item):
         case = item.callspec.params.get("case") if hasattr(item, "callspec") else None
-        return case.op in ops if case else item.path.stem.removeprefix("test_") in ops
+        return (
+            case.op in ops
+            if case
+            else getattr(item.module, "OP", item.path.stem.removeprefix("test_")) in ops
+        )
 
     config.hook.pytest_deselected(items=[item for item in items if not is_of(item)])
     items[:] = [item for item in items if is_of(item)]
