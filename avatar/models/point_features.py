@@ -342,14 +342,15 @@ class PointFeatures(nn.Module):
 
     def forward(self, posed: Tensor, colors: Tensor, pyramid: Pyramid) -> Tensor:
         """Features (B, N, out_channels) of points posed (B, N, 3) with colors (B, N, 3)."""
-        features = pyramid.arrange(torch.cat([posed, colors], -1))
-        fine = self.randla.arranged(features[..., :3].contiguous(), features, pyramid)
+        features = torch.cat([posed, colors], -1)
+        fine = self.randla(posed, features, pyramid)
+        features = pyramid.arrange(features)
         for sample in pyramid.samples[: self.config.gcn_level]:
             features = features.index_select(1, sample)
         coarse = self.gcn(features, pyramid.graph)
         for nearest in reversed(pyramid.nearest[: self.config.gcn_level]):
             coarse = coarse.index_select(1, nearest)
-        return pyramid.restore(torch.cat([fine, coarse], -1))
+        return torch.cat([fine, pyramid.restore(coarse)], -1)
 
     def macs(self, num_points: int) -> dict[str, int]:
         """Multiply-accumulates of the linear layers for one cloud: see RandLANet and PointGcn."""
