@@ -22,6 +22,7 @@ NEGATIVE_SLOPE = 0.2
 NORM_EPS = 1e-6
 INPUT_WIDTH = 8
 HEAD_WIDTHS = (64, 32)
+# Points that go through the head at a time in evaluation.
 HEAD_ROWS = 8192
 
 

@@ -102,12 +102,9 @@ std::tuple<Tensor, Tensor> local_attention_pool_cpu(const Tensor& points, const 
     args.pooled = mutable_data<T>(pooled);
     args.statistics = save_statistics ? mutable_data<T>(statistics) : nullptr;
     const int64_t grain = std::max<int64_t>(16, (1 << 20) / std::max<int64_t>(1, k * width * width));
-    const bool narrow = current_isa() == Isa::avx512 && is_narrow(args);
+    const Isa isa = is_narrow(args) ? current_isa() : pool.layout.isa;
     torch::stable::parallel_for(0, batch * cloud, grain, [&](int64_t begin, int64_t end) {
-      if constexpr (std::is_same_v<T, float>) {
-        if (narrow) return bad.report(AVATAR_ISA_CALL(local_attention_pool_narrow_rows, args, begin, end));
-      }
-      bad.report(AVATAR_ISA_CALL_OF(pool.layout.isa, local_attention_pool_rows, args, begin, end));
+      bad.report(AVATAR_ISA_CALL_OF(isa, local_attention_pool_rows, args, begin, end));
     });
     raise_bad_neighbor(bad, "local_attention_pool", pool.neighbors, cloud);
   });

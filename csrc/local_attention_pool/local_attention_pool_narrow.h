@@ -7,6 +7,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
+#include <type_traits>
 
 #include "common/tile_product.h"
 #include "local_attention_pool/local_attention_pool_simd.h"
@@ -27,7 +29,7 @@ class NarrowRows {
  public:
   // Rows whose neighbours are fetched ahead.
   static constexpr int64_t kAhead = 3;
-
+  // Edges whose sums are in registers together.
   static constexpr int kBlock = 8;
 
   explicit NarrowRows(const PoolArgs<float>& args)

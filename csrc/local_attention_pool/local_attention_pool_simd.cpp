@@ -1,6 +1,7 @@
 #include "local_attention_pool/local_attention_pool_simd.h"
 
 #include <algorithm>
+#include <type_traits>
 
 #include "common/position_tile.h"
 #include "local_attention_pool/local_attention_pool_linear.h"
@@ -59,6 +60,11 @@ void attend_column(const PoolArgs<T>& args, const PositionTile<T>& tile, const T
 
 template <typename T>
 int64_t pool_rows(const PoolArgs<T>& args, int64_t begin, int64_t end) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float>) {
+    if (is_narrow(args)) return NarrowRows(args).run(begin, end);
+  }
+#endif
   constexpr int64_t kPanel = kPanelVectors * kLanes<T>;
   PositionTile<T> tile(args.position, args.k);
   LinearChannels<T> channels(args.position, args.position.from_center, tile);
@@ -260,14 +266,6 @@ void backward_points(const PoolBackwardArgs<T>& args, int64_t begin, int64_t end
 }
 
 }  // namespace
-
-int64_t local_attention_pool_narrow_rows(const PoolArgs<float>& args, int64_t begin, int64_t end) {
-#if defined(__AVX512F__)
-  return NarrowRows(args).run(begin, end);
-#else
-  return pool_rows(args, begin, end);
-#endif
-}
 
 #define AVATAR_DEFINE(T)                                                                                 \
   int64_t local_attention_pool_rows(const PoolArgs<T>& args, int64_t begin, int64_t end) {               \

@@ -25,15 +25,15 @@ struct PoolArgs {
   T* statistics;             // the same: logarithm of the softmax's denominator; or null
 };
 
-// Whether features and position channels, each padded to 8, share one vector of AVX-512.
-inline bool is_narrow(const PoolArgs<float>& args) {
-  const PositionMlp<float>& mlp = args.position;
-  bool narrow = args.channels_padded == 8 && mlp.dims == 3 && (mlp.depth == 1 || mlp.depth == 2);
+// Whether features and position channels, each padded to 8, share one vector of AVX-512. Internal linkage, as
+// every instruction set compiles its own.
+template <typename T>
+static bool is_narrow(const PoolArgs<T>& args) {
+  const PositionMlp<T>& mlp = args.position;
+  bool narrow = sizeof(T) == 4 && args.channels_padded == 8 && mlp.dims == 3;
+  narrow = narrow && (mlp.depth == 1 || mlp.depth == 2);
   for (int64_t l = 0; l < mlp.depth; ++l) narrow = narrow && mlp.layers[l].out == 8;
   return narrow;
-}
-inline bool is_narrow(const PoolArgs<double>&) {
-  return false;
 }
 
 template <typename T>
@@ -50,18 +50,17 @@ struct PoolBackwardArgs {
 };
 
 // local_attention_pool_rows: rows [begin, end); returns the flat position of the first neighbour out of
-// range, or -1. local_attention_pool_narrow_rows: the same for what is_narrow says, with AVX-512.
-// local_attention_pool_backward_points: the edges into points [begin, end); adds weight
-// gradients to `weights`.
+// range, or -1. With AVX-512, what is_narrow is laid out for vectors of 8 all the same.
+// local_attention_pool_backward_points: the edges into points [begin, end); adds weight gradients to
+// `weights`.
 #define AVATAR_DECLARE_TYPE(T)                                                                           \
   int64_t local_attention_pool_rows(const PoolArgs<T>& args, int64_t begin, int64_t end);                \
   void local_attention_pool_backward_points(const PoolBackwardArgs<T>& args, int64_t begin, int64_t end, \
                                             T* weights);
-#define AVATAR_DECLARE(ISA)                                                                          \
-  namespace ISA {                                                                                    \
-  int64_t local_attention_pool_narrow_rows(const PoolArgs<float>& args, int64_t begin, int64_t end); \
-  AVATAR_DECLARE_TYPE(float)                                                                         \
-  AVATAR_DECLARE_TYPE(double)                                                                        \
+#define AVATAR_DECLARE(ISA)   \
+  namespace ISA {             \
+  AVATAR_DECLARE_TYPE(float)  \
+  AVATAR_DECLARE_TYPE(double) \
   }
 AVATAR_FOR_EACH_ISA(AVATAR_DECLARE)
 #undef AVATAR_DECLARE
