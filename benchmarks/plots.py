@@ -58,7 +58,7 @@ def draw_ratios(cases: dict[str, dict], path: Path) -> None:
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel("time of the best peer / ours")
-    axes.legend(loc="lower right", fontsize=8)
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, fontsize=8)
     save(figure, path)
 
 
