@@ -110,6 +110,14 @@ inline Register<T> permute(uint32_t mask, Register<T> a, Source source) {
   return masked(mask, Register<T>(), [&](int i) { return a.lane[source(i)]; });
 }
 
+// Lane i is number lanes[i] of those of a and, after them, of b.
+inline Register<int32_t> permute_both(Register<int32_t> a, Register<int32_t> lanes, Register<int32_t> b) {
+  return masked(~0u, Register<int32_t>(), [&](int i) {
+    const int lane = lanes.lane[i] & 31;
+    return lane < 16 ? a.lane[lane] : b.lane[lane - 16];
+  });
+}
+
 // From each 16 bytes of a and b in turn, the lower two numbers (kFirst = 0) or the upper two (2).
 template <int kFirst>
 inline Register<int32_t> unpack(uint32_t mask, Register<int32_t> a, Register<int32_t> b) {
@@ -148,6 +156,7 @@ inline void store(void* target, Register<T> stored) {
 #define _mm512_loadu_ps(p) (__m512) avatar::emulated::load<float>(p)
 #define _mm512_loadu_pd(p) (__m512d) avatar::emulated::load<double>(p)
 #define _mm512_loadu_si512(p) (__m512i) avatar::emulated::load<int64_t>(p)
+#define _mm512_load_si512(p) _mm512_loadu_si512(p)
 #define _mm512_storeu_ps(p, a) avatar::emulated::store(p, AVATAR_FLOATS(a))
 #define _mm512_storeu_si512(p, a) avatar::emulated::store(p, AVATAR_LONGS(a))
 #define _mm512_set1_ps(value) (__m512) avatar::emulated::all<float>(value)
@@ -198,6 +207,8 @@ inline void store(void* target, Register<T> stored) {
 #define _mm512_maskz_permutexvar_pd(mask, lanes, a)            \
   (__m512d) avatar::emulated::permute(mask, AVATAR_DOUBLES(a), \
                                       [&](int i) { return AVATAR_LONGS(lanes).lane[i] & 7; })
+#define _mm512_permutex2var_epi32(a, lanes, b) \
+  (__m512i) avatar::emulated::permute_both(AVATAR_INTS(a), AVATAR_INTS(lanes), AVATAR_INTS(b))
 #define _mm512_maskz_unpacklo_epi32(mask, a, b) \
   (__m512i) avatar::emulated::unpack<0>(mask, AVATAR_INTS(a), AVATAR_INTS(b))
 #define _mm512_maskz_unpackhi_epi32(mask, a, b) \

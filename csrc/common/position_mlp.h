@@ -26,8 +26,8 @@ struct PositionMlp {
   int64_t depth;         // 0: the code itself, 3 dims + 1 numbers
   const T* center_part;  // (rows, out of the first layer): (W_a + W_b) p + b
   // Of the first layer as rows (dims + 1, out), relative to the centre: W_c - W_b and w_d; relative to the
-  // neighbour, whose z has its own centre's part: W_a + W_c and w_d. Null but for one layer, three
-  // dimensions.
+  // neighbour, whose z has its own centre's part: W_a + W_c and w_d. Null but for three dimensions and one
+  // layer, the former also for two.
   const T *from_center, *from_neighbor;
   const T* to_neighbor;  // packed panels (out, dims_padded): W_b - W_c, for gradients
   int64_t neighbor_gradient;

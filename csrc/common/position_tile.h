@@ -67,33 +67,39 @@ class PositionTile {
   }
   T* output() const { return hidden(std::max<int64_t>(mlp_.depth - 1, 0)); }
 
-  void forward() {
+  // What the edges are from; without layers, output() as well.
+  void start() {
     for (int64_t row = count_; row < rows(); ++row) {
       indices_.get()[row] = center(count_ - 1);
       indices_.get()[capacity_ + row] = neighbor(count_ - 1);
       indices_.get()[5 * capacity_ + 1 + row] = center(count_ - 1);
     }
     geometry();
-    if (mlp_.depth == 0) return whole_code();
-    const T slope = mlp_.slope;
-    for (int64_t l = 0; l < mlp_.depth; ++l) {
-      const PositionLayer<T>& layer = mlp_.layers[l];
-      T* out = hidden(l);
-      const int64_t width = layer.out;
-      const auto done = [=](int64_t row, int64_t column, Vector<T> sum) {
-        store(out + row * width + column, leaky_relu(sum, slope));
+    if (mlp_.depth == 0) whole_code();
+  }
+
+  // hidden(l), from start() or from the layer before.
+  void layer(int64_t l) {
+    const PositionLayer<T>& layer = mlp_.layers[l];
+    T* out = hidden(l);
+    const int64_t width = layer.out;
+    const auto done = [=, slope = mlp_.slope](int64_t row, int64_t column, Vector<T> sum) {
+      store(out + row * width + column, leaky_relu(sum, slope));
+    };
+    if (l == 0) {
+      const auto first = [=, part = mlp_.center_part, centers = centers()](int64_t row, int64_t column) {
+        return load(part + centers[row] * width + column);
       };
-      if (l == 0) {
-        const auto start = [=, part = mlp_.center_part, centers = centers()](int64_t row, int64_t column) {
-          return load(part + centers[row] * width + column);
-        };
-        product(rows(), mlp_.dims + 1, width, code_.get(), mlp_.code_padded, layer.weight, start, done);
-      } else {
-        const T* bias = layer.bias;
-        const auto start = [=](int64_t, int64_t column) { return load(bias + column); };
-        product(rows(), layer.in, width, hidden(l - 1), layer.in, layer.weight, start, done);
-      }
+      product(rows(), mlp_.dims + 1, width, code_.get(), mlp_.code_padded, layer.weight, first, done);
+    } else {
+      const auto first = [bias = layer.bias](int64_t, int64_t column) { return load(bias + column); };
+      product(rows(), layer.in, width, hidden(l - 1), layer.in, layer.weight, first, done);
     }
+  }
+
+  void forward() {
+    start();
+    for (int64_t l = 0; l < mlp_.depth; ++l) layer(l);
   }
 
   // `gradient` (capacity, widest) holds the gradient of output() in rows of out_padded and is overwritten, as
@@ -216,18 +222,19 @@ class PositionTile {
   Scratch<T> code_, hidden_;
 };
 
-// Fills tiles with the edges of rows [begin, end), whole rows, and calls body(first row, rows) for each.
-// neighbors (rows, k) of clouds of `cloud` rows each. ahead(point) is called a tile before an edge to that
-// point comes, to fetch what it will need. Returns the flat position of the first neighbour out of range, or
+// Fills tiles with the edges of rows [begin, end), whole rows and at most `most_rows` of them, and calls
+// body(first row, rows) for each. neighbors (rows, k) of clouds of `cloud` rows each. ahead(point) is called
+// some edges before one to that point comes, to fetch what it will need. Returns the flat position of the first neighbour out of range, or
 // -1.
 template <typename T, typename Ahead, typename Body>
 inline int64_t walk_rows(PositionTile<T>& tile, const int64_t* neighbors, int64_t k, int64_t cloud,
-                         int64_t begin, int64_t end, const Ahead& ahead, const Body& body) {
-  const int64_t distance = tile.capacity() / std::max<int64_t>(k, 1) * k;
+                         int64_t begin, int64_t end, int64_t most_rows, const Ahead& ahead,
+                         const Body& body) {
+  const int64_t distance = std::max<int64_t>(1, kTileRows / std::max<int64_t>(k, 1)) * k;
   for (int64_t row = begin; row < end;) {
     tile.clear();
     const int64_t first = row;
-    for (; row < end && row - first < tile.capacity() && tile.count() + k <= tile.capacity(); ++row) {
+    for (; row < end && row - first < most_rows && tile.count() + k <= tile.capacity(); ++row) {
       const int64_t base = row / cloud * cloud;
       tile.begin_segment(row);
       for (int64_t edge = row * k + distance; edge < std::min((row + 1) * k + distance, end * k); ++edge) {

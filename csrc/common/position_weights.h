@@ -49,15 +49,15 @@ class PositionWeights {
         layout_.pack(dims, out, [&](int64_t d, int64_t o) { return at(0, o, d) + at(0, o, dims + d); });
     center_part_ = layout_.project(points, out, both, layers_[0].bias);
     mlp_.center_part = const_data<T>(*center_part_);
-    if (depth_ == 1 && dims == 3) {
+    if (dims == 3) {
       for (int64_t d = 0; d <= dims; ++d) {
         for (int64_t o = 0; o < out; ++o) {
           from_center_.push_back(at(0, o, 2 * dims + d) - (d < dims ? at(0, o, dims + d) : T(0)));
           from_neighbor_.push_back(at(0, o, 2 * dims + d) + (d < dims ? at(0, o, d) : T(0)));
         }
       }
-      mlp_.from_center = from_center_.data();
-      mlp_.from_neighbor = from_neighbor_.data();
+      if (depth_ <= 2) mlp_.from_center = from_center_.data();
+      if (depth_ == 1) mlp_.from_neighbor = from_neighbor_.data();
     }
     to_neighbor_ = layout_.pack(out, mlp_.dims_padded, [&](int64_t o, int64_t d) {
       return d < dims ? at(0, o, dims + d) - at(0, o, 2 * dims + d) : T(0);

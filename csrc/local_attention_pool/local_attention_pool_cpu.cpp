@@ -103,8 +103,10 @@ std::tuple<Tensor, Tensor> local_attention_pool_cpu(const Tensor& points, const 
     args.statistics = save_statistics ? mutable_data<T>(statistics) : nullptr;
     const int64_t grain = std::max<int64_t>(16, (1 << 20) / std::max<int64_t>(1, k * width * width));
     const Isa isa = is_narrow(args) ? current_isa() : pool.layout.isa;
-    torch::stable::parallel_for(0, batch * cloud, grain, [&](int64_t begin, int64_t end) {
-      bad.report(AVATAR_ISA_CALL_OF(isa, local_attention_pool_rows, args, begin, end));
+    const int64_t rows = batch * cloud, step = rows_of_tile(args), tiles = (rows + step - 1) / step;
+    torch::stable::parallel_for(0, tiles, (grain + step - 1) / step, [&](int64_t begin, int64_t end) {
+      bad.report(
+          AVATAR_ISA_CALL_OF(isa, local_attention_pool_rows, args, begin * step, std::min(end * step, rows)));
     });
     raise_bad_neighbor(bad, "local_attention_pool", pool.neighbors, cloud);
   });

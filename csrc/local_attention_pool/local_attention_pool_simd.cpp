@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "common/position_tile.h"
+#include "local_attention_pool/local_attention_pool_groups.h"
 #include "local_attention_pool/local_attention_pool_linear.h"
 #if defined(__AVX512F__)
 #include "local_attention_pool/local_attention_pool_narrow.h"
@@ -66,8 +67,9 @@ int64_t pool_rows(const PoolArgs<T>& args, int64_t begin, int64_t end) {
   }
 #endif
   constexpr int64_t kPanel = kPanelVectors * kLanes<T>;
-  PositionTile<T> tile(args.position, args.k);
-  LinearChannels<T> channels(args.position, args.position.from_center, tile);
+  const int64_t most_rows = rows_of_tile(args);
+  PositionTile<T> tile(args.position, most_rows * args.k);
+  GroupedScores<T> groups(args, tile);
   Scratch<T> panel(tile.capacity() * kPanel);
   T* scores = panel.get();
   const int64_t* neighbors = tile.neighbors();
@@ -76,27 +78,20 @@ int64_t pool_rows(const PoolArgs<T>& args, int64_t begin, int64_t end) {
     fetch(args.scores + point * args.hidden, args.hidden);
     fetch(args.features + point * args.channels_padded, args.channels_padded);
   };
-  return walk_rows(tile, args.neighbors, args.k, args.cloud, begin, end, ahead, [&](int64_t, int64_t) {
-    if (tile.count() > 0) tile.forward();
-    const bool linear = channels.find_each(tile);
+  const auto pool = [&](int64_t, int64_t) {
+    groups.forward();
     const auto of_features = [=, features = args.scores, hidden = args.hidden](int64_t row, int64_t c) {
       return load(features + neighbors[row] * hidden + c);
     };
     for (int64_t column = 0; column < args.hidden; column += kPanel) {
-      if (linear) {
-        channels.scores(tile, args.position_weight, column, args.hidden, of_features, scores);
-      } else {
-        product_columns(
-            tile.rows(), args.position.out_padded, column, args.hidden, tile.output(),
-            args.position.out_padded, args.position_weight, of_features,
-            [=](int64_t row, int64_t c, Vector<T> sum) { store(scores + row * kPanel + c - column, sum); });
-      }
+      groups.scores(column, of_features, scores);
       for (int64_t c = column; c < std::min(column + kPanel, args.hidden); c += kLanes<T>) {
         const auto attend = c < args.channels_padded ? attend_column<true, T> : attend_column<false, T>;
         attend(args, tile, scores + c - column, kPanel, c);
       }
     }
-  });
+  };
+  return walk_rows(tile, args.neighbors, args.k, args.cloud, begin, end, most_rows, ahead, pool);
 }
 
 // What one tile of edges leaves behind on its way back: gradients of scores, `stride` apart, and of what the

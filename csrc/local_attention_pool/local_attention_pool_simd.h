@@ -1,6 +1,7 @@
 // Inner loops of local_attention_pool, built once per instruction set.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "common/isa.h"
@@ -36,6 +37,13 @@ static bool is_narrow(const PoolArgs<T>& args) {
   return narrow;
 }
 
+// Rows of a tile. Results depend on which rows share one, so threads take whole tiles.
+template <typename T>
+static int64_t rows_of_tile(const PoolArgs<T>& args) {
+  const int64_t edges = args.position.from_center ? 96 : 48;
+  return std::max<int64_t>(1, edges / std::max<int64_t>(1, args.k));
+}
+
 template <typename T>
 struct PoolBackwardArgs {
   PoolArgs<T> pool;  // without scores, pooled and statistics
@@ -49,7 +57,7 @@ struct PoolBackwardArgs {
   T* grad_features;         // (rows, channels_padded), added to
 };
 
-// local_attention_pool_rows: rows [begin, end); returns the flat position of the first neighbour out of
+// local_attention_pool_rows: rows [begin, end), `begin` a multiple of rows_of_tile; returns the flat position of the first neighbour out of
 // range, or -1. With AVX-512, what is_narrow is laid out for vectors of 8 all the same.
 // local_attention_pool_backward_points: the edges into points [begin, end); adds weight gradients to
 // `weights`.
