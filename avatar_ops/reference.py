@@ -113,12 +113,13 @@ def linear_act(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
+    beside: Tensor | None = None,
     rest: Tensor | None = None,
     places: Tensor | None = None,
     negative_slope: float = 1.0,
 ) -> Tensor:
     """(B, N, O): see avatar_ops.linear_act.linear_act."""
-    y = F.linear(x, weight, bias)
+    y = F.linear(x if beside is None else torch.cat([x, beside], -1), weight, bias)
     if rest is not None:
         y = y + (rest if places is None else rest[..., places.long(), :])
     return F.leaky_relu(y, negative_slope)

@@ -155,8 +155,10 @@ class LocalFeatureAggregation(nn.Module):
         expand, shortcut = self.expand, self.shortcut
         if uses_batch_statistics(expand.norm) or uses_batch_statistics(shortcut.norm):
             return F.leaky_relu(expand(x) + shortcut(features), self.negative_slope, inplace=True)
-        rest = linear_act(features, *shortcut.running_fold())
-        return linear_act(x, *expand.running_fold(), rest=rest, negative_slope=self.negative_slope)
+        weights, biases = zip(expand.running_fold(), shortcut.running_fold(), strict=True)
+        return linear_act(
+            x, torch.cat(weights, 1), sum(biases), beside=features, negative_slope=self.negative_slope
+        )
 
     def _encoding(
         self,

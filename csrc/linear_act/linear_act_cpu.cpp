@@ -5,16 +5,17 @@
 namespace avatar {
 namespace {
 
-// x (B, N, C), weight (O, C), bias (O,), rest (B, M, O), places (N,) int64 -> (B, N, O).
-Tensor linear_act_cpu(const Tensor& x_in, const Tensor& weight_in, const std::optional<Tensor>& bias_in,
+// x (B, N, C), beside (B, N, D), weight (O, C + D), bias (O,), rest (B, M, O), places (N,) int64 -> (B, N, O).
+Tensor linear_act_cpu(const Tensor& x_in, const std::optional<Tensor>& beside_in, const Tensor& weight_in, const std::optional<Tensor>& bias_in,
                       const std::optional<Tensor>& rest_in, const std::optional<Tensor>& places_in,
                       double negative_slope) {
   const Tensor x = to_compute(x_in), weight = to_compute(weight_in);
-  std::optional<Tensor> bias, rest, places;
+  std::optional<Tensor> beside, bias, rest, places;
+  if (beside_in) beside = to_compute(*beside_in);
   if (bias_in) bias = to_compute(*bias_in);
   if (rest_in) rest = to_compute(*rest_in);
   if (places_in) places = torch::stable::contiguous(*places_in);
-  const int64_t rows = x.size(1), depth = x.size(2), columns = weight.size(0);
+  const int64_t rows = x.size(1), own = x.size(2), columns = weight.size(0), depth = weight.size(1);
   const int64_t rest_rows = rest ? rest->size(1) : 0;
   FirstBad bad;
   for (int64_t row = 0; places && row < rows; ++row) {
@@ -43,13 +44,15 @@ Tensor linear_act_cpu(const Tensor& x_in, const Tensor& weight_in, const std::op
     torch::stable::parallel_for(0, x.size(0) * rows, grain, [&](int64_t begin, int64_t end) {
       while (begin < end) {
         const int64_t b = begin / rows, stop = std::min(end, (b + 1) * rows);
-        const LinearActArgs<T> args{const_data<T>(x) + b * rows * depth,
+        const LinearActArgs<T> args{const_data<T>(x) + b * rows * own,
+                                    beside ? const_data<T>(*beside) + b * rows * (depth - own) : nullptr,
                                     packed.data(),
                                     padded_bias.data(),
                                     rest ? const_data<T>(*rest) + b * rest_rows * columns : nullptr,
                                     places ? const_data<int64_t>(*places) : nullptr,
                                     mutable_data<T>(y) + b * rows * columns,
                                     depth,
+                                    own,
                                     columns,
                                     columns_padded,
                                     static_cast<T>(negative_slope)};

@@ -32,18 +32,23 @@ void rows_of_chunk(const LinearActArgs<T>& args, const T* x, int64_t begin, int6
 
 template <typename T>
 void linear_act(const LinearActArgs<T>& args, int64_t begin, int64_t end) {
-  const int64_t depth = args.depth;
+  const int64_t own = args.own_depth, other = args.depth - own;
+  Scratch<T> copy((args.beside ? kChunk : kRowBlock) * args.depth);
+  // Rows from `begin` on, the last one as often as it takes to fill up.
+  const auto copied = [&](int64_t rows) {
+    for (int64_t row = 0; row < rows; ++row) {
+      const int64_t from = std::min(begin + row, end - 1);
+      T* target = std::copy_n(args.x + from * own, own, copy.row(row * args.depth));
+      if (args.beside) std::copy_n(args.beside + from * other, other, target);
+    }
+    return copy.get();
+  };
   for (; end - begin >= kRowBlock;) {
     const int64_t rows = std::min(kChunk, (end - begin) / kRowBlock * kRowBlock);
-    rows_of_chunk(args, args.x + begin * depth, begin, rows, rows);
+    rows_of_chunk(args, args.beside ? copied(rows) : args.x + begin * own, begin, rows, rows);
     begin += rows;
   }
-  if (begin == end) return;
-  Scratch<T> last(kRowBlock * depth);
-  for (int64_t row = 0; row < kRowBlock; ++row) {
-    std::copy_n(args.x + std::min(begin + row, end - 1) * depth, depth, last.row(row * depth));
-  }
-  rows_of_chunk(args, last.get(), begin, kRowBlock, end - begin);
+  if (begin < end) rows_of_chunk(args, copied(kRowBlock), begin, kRowBlock, end - begin);
 }
 
 }  // namespace

@@ -9,13 +9,14 @@ namespace avatar {
 
 template <typename T>
 struct LinearActArgs {
-  const T* x;             // (rows, depth)
+  const T* x;             // (rows, own_depth)
+  const T* beside;        // (rows, depth - own_depth): the columns after those of x; or null
   const T* weight;        // packed panels (depth, columns padded to whole vectors)
   const T* bias;          // padded
   const T* rest;          // (., columns), added to; or null
   const int64_t* places;  // (rows,): the row of `rest` for each, which is its own with null
   T* y;                   // (rows, columns)
-  int64_t depth, columns, columns_padded;
+  int64_t depth, own_depth, columns, columns_padded;
   T negative_slope;
 };
 

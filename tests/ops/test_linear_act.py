@@ -12,9 +12,14 @@ from avatar_ops.linear_act import linear_act
 def test_linear_act_of_any_number_of_rows_and_columns(points, outputs, isa):
     x, weight = torch.randn(points, 9), torch.randn(outputs, 9)
     rest, places = torch.randn(4, outputs), torch.randint(4, (points,))
-    actual = linear_act(x, weight, rest=rest, places=places, negative_slope=0.1)
-    expected = reference.linear_act(x, weight, rest=rest, places=places, negative_slope=0.1)
-    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    for width in (4, None):
+        own = x if width is None else x[:, :width]
+        options = {"rest": rest, "places": places, "negative_slope": 0.1}
+        if width is not None:
+            options["beside"] = x[:, width:]
+        actual = linear_act(own, weight, **options)
+        expected = reference.linear_act(own, weight, **options)
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_linear_act_keeps_nan_within_its_row(isa):
