@@ -125,6 +125,16 @@ def linear_act(
     return F.leaky_relu(y, negative_slope)
 
 
+def nearest_sampled(neighbors: Tensor, places: Tensor) -> Tensor:
+    """(M,) int64: see avatar_ops.nearest_sampled.nearest_sampled."""
+    nearest = torch.full((len(neighbors),), -1)
+    for slot in reversed(range(neighbors.shape[1])):
+        neighbor = neighbors[:, slot].long()
+        held = torch.where(neighbor >= 0, places[neighbor].long(), -1)
+        nearest = torch.where(held >= 0, held, nearest)
+    return nearest
+
+
 def edge_max(features: Tensor, neighbors: Tensor) -> tuple[Tensor, Tensor]:
     """(values, argmax), both (B, M, C): see avatar_ops.edge_max."""
     batched = features.dim() == 3

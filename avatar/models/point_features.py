@@ -15,6 +15,7 @@ from avatar.config import PointFeaturesConfig
 from avatar.errors import AvatarError
 from avatar.models.mlp import linear_macs
 from avatar.random import keyed_generator
+from avatar_ops.nearest_sampled import nearest_sampled
 from avatar_ops.nn import EdgeConv, LocalFeatureAggregation
 from avatar_ops.nn.local_feature_aggregation import LinearNorm
 
@@ -142,7 +143,13 @@ def build_pyramid(points: Tensor, config: PointFeaturesConfig, seed: int) -> Pyr
             finer, current = current, current[sample]
         index = avatar_ops.PointIndex(current)
         if level > 0:
-            pyramid.nearest.append(index.knn(1, queries=finer).indices[:, 0])
+            places = torch.full((len(finer),), -1, device=points.device)
+            places[sample] = torch.arange(size, device=points.device)
+            nearest = nearest_sampled(pyramid.neighbors[-1], places)
+            # Lists of neighbours are ordered as a search would answer; it is left those without one.
+            rest = (nearest < 0).nonzero().squeeze(1)
+            nearest[rest] = index.knn(1, queries=finer[rest]).indices[:, 0]
+            pyramid.nearest.append(nearest)
         if level < levels:
             pyramid.neighbors.append(index.knn(config.randla_neighbors).indices)
         if level == config.gcn_level:
