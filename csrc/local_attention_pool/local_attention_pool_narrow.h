@@ -36,7 +36,8 @@ class NarrowRows {
       : args_(args),
         most_(round_up(args.k, kLanes<float>)),
         points_(most_),
-        codes_(5 * most_),
+        codes_(4 * most_),
+        hidden_(kHalf * most_),
         values_(kLanes<float> * most_),
         scores_(kLanes<float> * most_) {}
 
@@ -70,20 +71,55 @@ class NarrowRows {
     }
   }
 
-  // p_i - p_j and |p_i - p_j| of the row's edges.
+  // Lane 4 i + r of number c is number c of the point of edge 4 i + r, for 16 edges.
+  static void load_points(const float* points, const int64_t* edges, Vector<float> (&axes)[3]) {
+    const auto quad = [=](int e) { return *reinterpret_cast<const Quad*>(points + 4 * edges[e]); };
+    Vector<float> rows[4];
+    for (int r = 0; r < 4; ++r) {
+      const Half low = __builtin_shufflevector(quad(r), quad(4 + r), 0, 1, 2, 3, 4, 5, 6, 7);
+      const Half high = __builtin_shufflevector(quad(8 + r), quad(12 + r), 0, 1, 2, 3, 4, 5, 6, 7);
+      rows[r] = both(low, high);
+    }
+    const Vector<float> low0 = unpack<0>(rows[0], rows[1]), low1 = unpack<0>(rows[2], rows[3]);
+    const Vector<float> high0 = unpack<2>(rows[0], rows[1]), high1 = unpack<2>(rows[2], rows[3]);
+    axes[0] = pairs<0>(low0, low1);
+    axes[1] = pairs<2>(low0, low1);
+    axes[2] = pairs<0>(high0, high1);
+  }
+  static Vector<float> both(Half low, Half high) {
+    return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  }
+  // From each four lanes of a and b in turn: lanes k and k + 1 one after the other, and as they are.
+  template <int k>
+  static Vector<float> unpack(Vector<float> a, Vector<float> b) {
+    return __builtin_shufflevector(a, b, k, k + 16, k + 1, k + 17, k + 4, k + 20, k + 5, k + 21, k + 8,
+                                   k + 24, k + 9, k + 25, k + 12, k + 28, k + 13, k + 29);
+  }
+  template <int k>
+  static Vector<float> pairs(Vector<float> a, Vector<float> b) {
+    return __builtin_shufflevector(a, b, k, k + 1, k + 16, k + 17, k + 4, k + 5, k + 20, k + 21, k + 8, k + 9,
+                                   k + 24, k + 25, k + 12, k + 13, k + 28, k + 29);
+  }
+
+  // p_i - p_j and |p_i - p_j| of the row's edges, number by number.
   void find_codes(int64_t row, int64_t count) const {
     const float* points = args_.position.points;
-    const Quad center = *reinterpret_cast<const Quad*>(points + 4 * row);
-    float *codes = codes_.get(), *distances = codes + 4 * most_;
-    for (int64_t e = 0; e < count; ++e) {
-      const Quad difference = center - *reinterpret_cast<const Quad*>(points + 4 * points_.get()[e]);
-      *reinterpret_cast<Quad*>(codes + 4 * e) = difference;
-      const Quad squares = difference * difference;
-      distances[e] = squares[0] + squares[1] + squares[2];
+    const float* center = points + 4 * row;
+    for (int64_t e = count; e < round_up(count, kLanes<float>); ++e) points_.get()[e] = row;
+    for (int64_t e = 0; e < count; e += kLanes<float>) {
+      Vector<float> axes[3];
+      load_points(points, points_.row(e), axes);
+      float distances[kLanes<float>];
+      Vector<float> squared{};
+      for (int d = 0; d < 3; ++d) {
+        const Vector<float> difference = splat(center[d]) - axes[d];
+        store(codes_.row(d * most_ + e), difference);
+        squared = d == 0 ? difference * difference : squared + difference * difference;
+      }
+      store(distances, squared);
+      for (float& distance : distances) distance = std::sqrt(distance);
+      store(codes_.row(3 * most_ + e), load(distances));
     }
-    for (int64_t e = count; e < round_up(count, kLanes<float>); ++e) distances[e] = 0;
-    for (int64_t e = 0; e < round_up(count, kLanes<float>); ++e) distances[e] = std::sqrt(distances[e]);
-    for (int64_t e = 0; e < count; ++e) codes[4 * e + 3] = distances[e];
   }
 
   // body(constant number of edges, first edge) for all of them, several at a time, whose sums do not wait for
@@ -98,48 +134,59 @@ class NarrowRows {
   // What the edges' weights weigh: features and, after them, positions.
   void find_values(int64_t row, int64_t count) const {
     const PositionMlp<float>& mlp = args_.position;
-    const float slope = mlp.slope;
+    const float *features = args_.features, *codes = codes_.get();
+    float *hidden = hidden_.get(), *values = values_.get();
+    const int64_t *points = points_.get(), most = most_;
+    const auto finish = [=](int64_t e, Half positions) {
+      store(values + kLanes<float> * e, both(half(features + kHalf * points[e]), positions));
+    };
     const Half own = half(mlp.center_part + row * kHalf);
-    by_blocks(count, [&, weight = mlp.layers[0].weight](auto rows, int64_t e) {
+    by_blocks(count, [=, weight = mlp.layers[0].weight, slope = mlp.slope, last = mlp.depth == 1](
+                         auto rows, int64_t e) {
       Half sums[rows];
       for (int r = 0; r < rows; ++r) sums[r] = own;
       for (int d = 0; d < 4; ++d) {
         const Half right = half(weight + d * kHalf);
-        for (int r = 0; r < rows; ++r) sums[r] += codes_.get()[4 * (e + r) + d] * right;
+        for (int r = 0; r < rows; ++r) sums[r] += codes[d * most + e + r] * right;
       }
       for (int r = 0; r < rows; ++r) {
-        float* values = values_.row(kLanes<float> * (e + r));
-        *reinterpret_cast<Half*>(values) = half(args_.features + kHalf * points_.get()[e + r]);
-        keep(values + kHalf, sums[r], slope);
+        if (last) {
+          finish(e + r, activate(sums[r], slope));
+        } else {
+          *reinterpret_cast<Half*>(hidden + kHalf * (e + r)) = activate(sums[r], slope);
+        }
       }
     });
     if (mlp.depth == 1) return;
-    by_blocks(count,
-              [&, weight = mlp.layers[1].weight, bias = half(mlp.layers[1].bias)](auto rows, int64_t e) {
-                float* positions = values_.row(kLanes<float> * e + kHalf);
-                Half sums[rows];
-                for (int r = 0; r < rows; ++r) sums[r] = bias;
-                for (int p = 0; p < kHalf; ++p) {
-                  const Half right = half(weight + p * kHalf);
-                  for (int r = 0; r < rows; ++r) sums[r] += positions[kLanes<float> * r + p] * right;
-                }
-                for (int r = 0; r < rows; ++r) keep(positions + kLanes<float> * r, sums[r], slope);
-              });
+    by_blocks(count, [=, weight = mlp.layers[1].weight, slope = mlp.slope,
+                      bias = half(mlp.layers[1].bias)](auto rows, int64_t e) {
+      Half sums[rows];
+      for (int r = 0; r < rows; ++r) sums[r] = bias;
+      for (int p = 0; p < kHalf; ++p) {
+        const Half right = half(weight + p * kHalf);
+        for (int r = 0; r < rows; ++r) sums[r] += hidden[kHalf * (e + r) + p] * right;
+      }
+      for (int r = 0; r < rows; ++r) finish(e + r, activate(sums[r], slope));
+    });
   }
 
   // The edges' scores, and the largest.
   Vector<float> find_scores(int64_t count) const {
     Vector<float> largest = splat(-std::numeric_limits<float>::infinity());
-    by_blocks(count, [&, weight = args_.position_weight](auto rows, int64_t e) {
-      const float* positions = values_.row(kLanes<float> * e + kHalf);
+    const int64_t* points = points_.get();
+    const float *features = args_.scores, *values = values_.get();
+    float* scores = scores_.get();
+    by_blocks(count, [=, &largest, weight = args_.position_weight](auto rows, int64_t e) {
+      const float* positions = values + kLanes<float> * e + kHalf;
       Vector<float> sums[rows];
-      for (int r = 0; r < rows; ++r) sums[r] = load(args_.scores + kLanes<float> * points_.get()[e + r]);
+      for (int r = 0; r < rows; ++r) sums[r] = load(features + kLanes<float> * points[e + r]);
+#pragma GCC unroll 8
       for (int p = 0; p < kHalf; ++p) {
         const Vector<float> right = load(weight + p * kLanes<float>);
         for (int r = 0; r < rows; ++r) sums[r] += splat(positions[kLanes<float> * r + p]) * right;
       }
       for (int r = 0; r < rows; ++r) {
-        store(scores_.row(kLanes<float> * (e + r)), sums[r]);
+        store(scores + kLanes<float> * (e + r), sums[r]);
         largest = larger<float>(sums[r], largest);
       }
     });
@@ -164,9 +211,9 @@ class NarrowRows {
     if (args_.statistics) write(args_.statistics, row, statistic);
   }
 
-  static void keep(float* target, Half value, float slope) {
+  static Half activate(Half value, float slope) {
     typedef int32_t Bits __attribute__((vector_size(kHalf * sizeof(float)), aligned(4), may_alias));
-    *reinterpret_cast<Half*>(target) = (Bits)value < 0 ? value * slope : value;
+    return (Bits)value < 0 ? value * slope : value;
   }
 
   void write(float* target, int64_t row, Vector<float> value) const {
@@ -181,7 +228,7 @@ class NarrowRows {
   const PoolArgs<float>& args_;
   const int64_t most_;
   Scratch<int64_t> points_;
-  Scratch<float> codes_, values_, scores_;
+  Scratch<float> codes_, hidden_, values_, scores_;
 };
 
 }  // namespace
