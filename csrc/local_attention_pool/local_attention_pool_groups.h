@@ -1,11 +1,12 @@
-// Scores of position codes by groups of edges over which channels keep their sign. For *_simd.cpp only.
+// Scores of position codes by groups of edges over which most channels keep their sign. For *_simd.cpp only.
 //
-// Before LeakyReLU channel p of edge (i, j) is u_p = o_ip + w_p c with c = [p_i - p_j ; |p_i - p_j|]. Where u_p
-// has one sign on all edges of a group, LeakyReLU is a factor s_p there, and a linear map S of such channels is
-// S diag(s) (o_i + w c): four columns for the group and one for each of its centres i, in place of a product
-// for each edge. Channels of mixed sign are added edge by edge. What comes out is linear in c, o_i and the
-// mixed channels again, so that a second layer goes the same way. Neighbours that are near each other leave few
-// channels of mixed sign. A group is a tile, where its centres are near each other, too, or else one centre.
+// Before LeakyReLU channel p of edge (i, j) is u_p = o_ip + w_p c with c = [p_i - p_j ; |p_i - p_j|]. With a
+// factor s_p for all edges of a group, LeakyReLU gives s_p u_p and, to edges of the other sign, an excess. A
+// linear map S of that is S diag(s) (o_i + w c), four columns for the group and one for each of its centres i
+// in place of a product for each edge, and S times the excess, whose few channels are listed for blocks of
+// edges. It is linear in c, o_i and the excess, so that a second layer goes the same way. Neighbours that are
+// near each other leave little excess. A group is a tile, where its centres are near each other, too, or else
+// one centre.
 #pragma once
 
 #include <algorithm>
@@ -42,13 +43,16 @@ class GroupedScores {
         tile_(tile),
         capacity_(args.position.from_center ? tile.capacity() : 0),
         widest_(args.position.widest),
+        has_majority_(mlp_.slope >= T(1e-3)),
         groups_(capacity_ + 1),
-        channels_(2 * capacity_ * widest_),
-        signs_(2 * capacity_ * (widest_ / kLanes<T>)),
-        terms_(capacity_ * widest_),
-        second_(capacity_ * widest_),
-        matrices_(capacity_ * kPanel) {
-    std::fill_n(terms_.get(), capacity_ * widest_, T(0));
+        blocks_(capacity_ + 1),
+        signs_(4 * (capacity_ + 1) * (widest_ / kLanes<T>)),
+        lists_{List(capacity_, widest_), List(capacity_, widest_)},
+        union_(2 * capacity_ * widest_),
+        terms_((capacity_ + kRest) * widest_),
+        second_((capacity_ + kRest) * widest_),
+        matrices_((capacity_ + kRest) * kPanel) {
+    std::fill_n(terms_.get(), (capacity_ + kRest) * widest_, T(0));
     for (int64_t lane = 0; lane < kLanes<T>; ++lane) lane_bits_[lane] = 1 << lane;
   }
 
@@ -78,14 +82,12 @@ class GroupedScores {
       return product_columns(tile_.rows(), width, column, columns, tile_.output(), width,
                              args_.position_weight, init, done);
     }
-    multiply(rows_, width, column, columns, terms_.get(), args_.position_weight, matrices_.get(), kPanel,
-             column);
-    const Layer layer{args_.position_weight + width * column, width, matrices_.get(), kPanel,
-                      tile_.output(), width};
+    multiply(width, column, columns, args_.position_weight, matrices_.get(), kPanel, column);
+    const Map map{args_.position_weight + width * column, matrices_.get(), kPanel, mlp_.depth == 2};
     if (columns - column >= kPanel) {
-      edge_sums<kPanelVectors>(layer, column, init, done);
+      edge_sums<kPanelVectors>(map, column, init, done);
     } else {
-      edge_sums<1>(layer, column, init, done);
+      edge_sums<1>(map, column, init, done);
     }
   }
 
@@ -96,51 +98,62 @@ class GroupedScores {
   // What finding a group's channels costs, in products of one edge and one channel.
   static constexpr int64_t kFinding = 24;
   static constexpr int kEdgeRows = kVectorBytes == 64 ? 8 : 4;
+  // Rows of a product beyond whole ones of kRowBlock.
+  static constexpr int kRest = 4;
 
-  // The channels of mixed sign of a layer.
-  struct Mixed {
-    int32_t* channels;
-    int64_t count;
+  // At most kEdgeRows edges of one segment.
+  struct Block {
+    int64_t begin, end;
   };
-  // Segments [begin, end). Where `linear`, rows of terms from `row` on: those of c, of the centres and of the
-  // first layer's mixed channels where the second one is meant.
+  // Segments [begin, end) and their blocks. Where `linear`, rows of terms from `row` on: those of c, of the
+  // centres and of the first layer's excess, `others` of them, where the second one is meant.
   struct Group {
-    int64_t begin, end, row;
+    int64_t begin, end, first_block, last_block, row, others;
     bool linear;
-    Mixed first, mixed;
   };
-  // A linear map of what LeakyReLU gave: packed weights of one panel, (depth, panel), and the groups' matrices
-  // in rows `pitch` apart; values of edges (edges, width).
-  struct Layer {
+  // The channels of each block that have an excess after a layer, and it: channel by channel the block's edges.
+  struct List {
+    List(int64_t capacity, int64_t width)
+        : width(width), counts(capacity + 1), channels((capacity + 1) * width), excess(capacity * width) {}
+    int64_t width;
+    Scratch<int64_t> counts;
+    Scratch<int32_t> channels;
+    Scratch<T> excess;
+  };
+  // A linear map of what LeakyReLU gave, one panel of columns: packed weights (depth, panel), and the groups'
+  // matrices in rows `pitch` apart; whether it follows the second layer.
+  struct Map {
     const T* weights;
-    int64_t depth;
     const T* matrices;
     int64_t pitch;
-    const T* values;
-    int64_t width;
+    bool second;
   };
 
   int64_t edges(const Group& group) const {
     return tile_.segment_end(group.end - 1) - tile_.segment_begin(group.begin);
   }
-  int32_t* channels(int64_t layer, int64_t segment) const {
-    return channels_.row((layer * capacity_ + segment) * widest_);
-  }
   int64_t vectors(int64_t width) const { return width / kLanes<T>; }
-  // Whether any and whether all edges of a segment have a negative sign, by vectors of channels.
-  uint32_t* any(int64_t segment) const { return signs_.row(2 * segment * vectors(widest_)); }
-  uint32_t* all(int64_t segment) const { return any(segment) + vectors(widest_); }
+  // By vectors of channels: whether any and whether all edges of a block have a negative sign.
+  uint32_t* any(int64_t block) const { return signs_.row(2 * block * vectors(widest_)); }
+  uint32_t* all(int64_t block) const { return any(block) + vectors(widest_); }
+  // Of a group: whether its factor is that of negative numbers, and whether it is zero.
+  uint32_t* negative(int64_t group) const { return any(capacity_ + 1 + group); }
+  uint32_t* none(int64_t group) const { return negative(group) + vectors(widest_); }
+  // The places of a group's channels among those with an excess.
+  int32_t* places(int64_t group) const { return union_.row(2 * group * widest_); }
+  int32_t* members(int64_t group) const { return places(group) + widest_; }
 
   // Hence the terms of all groups are fewer than edges.
   static bool is_cheaper(int64_t cost, int64_t than) { return 4 * cost < 3 * than; }
 
   void find_signs(const T* output, int64_t width) const {
     using Bits = typename Vectors<T>::Bits;
-    for (int64_t s = 0; s < tile_.segments(); ++s) {
-      uint32_t *any_sign = any(s), *all_signs = all(s);
+    for (int64_t b = 0; b < block_count_; ++b) {
+      const Block block = blocks_.get()[b];
+      uint32_t *any_sign = any(b), *all_signs = all(b);
       for (int64_t p = 0; p < width; p += kLanes<T>) {
         Bits everywhere = ~Bits{}, somewhere{};
-        for (int64_t row = tile_.segment_begin(s); row < tile_.segment_end(s); ++row) {
+        for (int64_t row = block.begin; row < block.end; ++row) {
           const Bits bits = (Bits)load(output + row * width + p);
           everywhere &= bits;
           somewhere |= bits;
@@ -152,87 +165,102 @@ class GroupedScores {
     }
   }
 
-  void signs_of(const Group& group, int64_t vector, uint32_t& any_sign, uint32_t& all_signs) const {
-    any_sign = 0, all_signs = ~uint32_t{0};
-    for (int64_t s = group.begin; s < group.end; ++s) {
-      if (tile_.segment_begin(s) == tile_.segment_end(s)) continue;
-      any_sign |= any(s)[vector];
-      all_signs &= all(s)[vector];
-    }
+  // Channels of a vector with an excess in a block of a group.
+  uint32_t listed(int64_t group, int64_t block, int64_t vector) const {
+    const uint32_t other = negative(group)[vector];
+    return (any(block)[vector] & ~other) | (~all(block)[vector] & other) | none(group)[vector];
   }
 
-  int64_t count_mixed(const Group& group, int64_t width) const {
-    int64_t count = 0;
+  // The factors of a group, those that list the fewest; how many edges and channels they leave with an excess.
+  int64_t choose(int64_t g, int64_t width) const {
+    const Group& group = groups_.get()[g];
+    int64_t excess = 0;
     for (int64_t v = 0; v < vectors(width); ++v) {
-      uint32_t any_sign, all_signs;
-      signs_of(group, v, any_sign, all_signs);
-      count += __builtin_popcount(any_sign & ~all_signs);
-    }
-    return count;
-  }
-
-  Mixed list_mixed(const Group& group, int64_t layer, int64_t width) const {
-    Mixed mixed{channels(layer, group.begin), 0};
-    for (int64_t v = 0; v < vectors(width); ++v) {
-      uint32_t any_sign, all_signs;
-      signs_of(group, v, any_sign, all_signs);
-      for (uint32_t both = any_sign & ~all_signs; both; both &= both - 1) {
-        mixed.channels[mixed.count++] = static_cast<int32_t>(v * kLanes<T> + __builtin_ctz(both));
+      uint32_t any_sign = 0, all_signs = ~uint32_t{0};
+      for (int64_t b = group.first_block; b < group.last_block; ++b) {
+        any_sign |= any(b)[v];
+        all_signs &= all(b)[v];
+      }
+      const uint32_t mixed = any_sign & ~all_signs;
+      uint32_t chosen = any_sign & all_signs;
+      for (uint32_t bits = has_majority_ ? mixed : 0; bits; bits &= bits - 1) {
+        const int lane = __builtin_ctz(bits);
+        int64_t balance = 0;
+        for (int64_t b = group.first_block; b < group.last_block; ++b)
+          balance += (any(b)[v] >> lane & 1) + (all(b)[v] >> lane & 1);
+        if (balance > group.last_block - group.first_block) chosen |= uint32_t{1} << lane;
+      }
+      negative(g)[v] = chosen;
+      none(g)[v] = has_majority_ ? 0 : mixed;
+      for (int64_t b = group.first_block; mixed && b < group.last_block; ++b) {
+        const Block block = blocks_.get()[b];
+        excess += (block.end - block.begin) * __builtin_popcount(listed(g, b, v));
       }
     }
-    return mixed;
+    return excess;
   }
 
-  Mixed list_all(const Group& group, int64_t layer, int64_t width) const {
-    Mixed mixed{channels(layer, group.begin), width};
-    for (int64_t p = 0; p < width; ++p) mixed.channels[p] = static_cast<int32_t>(p);
-    return mixed;
+  // Lists the excess of a group's blocks in what a layer gave; without factors, all of it.
+  void list(int64_t g, const T* output, int64_t width, const List& list) const {
+    const Group& group = groups_.get()[g];
+    // What an edge of the other sign has above the factor times its number.
+    const T above = T(1) - mlp_.slope, below = T(1) - T(1) / mlp_.slope;
+    for (int64_t b = group.first_block; b < group.last_block; ++b) {
+      const Block block = blocks_.get()[b];
+      int32_t* channels = list.channels.row(b * list.width);
+      T* excess = list.excess.row(block.begin * list.width);
+      int64_t count = 0;
+      const auto add = [&](int64_t p, auto value) {
+        channels[count++] = static_cast<int32_t>(p);
+        for (int64_t row = block.begin; row < block.end; ++row) *excess++ = value(output[row * width + p]);
+      };
+      for (int64_t p = 0; !group.linear && p < width; ++p) add(p, [](T r) { return r; });
+      for (int64_t v = 0; group.linear && v < vectors(width); ++v) {
+        for (uint32_t bits = listed(g, b, v); bits; bits &= bits - 1) {
+          const int lane = __builtin_ctz(bits);
+          const int64_t p = v * kLanes<T> + lane;
+          if (none(g)[v] >> lane & 1) {
+            add(p, [](T r) { return r; });
+          } else if (negative(g)[v] >> lane & 1) {
+            add(p, [=](T r) { return r > T(0) ? above * r : T(0); });
+          } else {
+            add(p, [=](T r) { return r < T(0) ? below * r : T(0); });
+          }
+        }
+      }
+      list.counts.get()[b] = count;
+    }
   }
 
   // Groups of the first layer, one for the tile or one for each segment; whether any pays.
   bool find_groups() {
     const int64_t width = mlp_.layers[0].out, segments = tile_.segments();
-    if (!is_cheaper(segments * kFinding + (kCode + segments) * width + kCode * tile_.count(),
-                    tile_.count() * width)) {
-      // Not even without mixed channels.
-      return false;
+    const int64_t by_edges = tile_.count() * width;
+    // Not even without an excess?
+    if (!is_cheaper(kFinding + (kCode + segments) * width + kCode * tile_.count(), by_edges)) return false;
+    block_count_ = 0;
+    bool finite = true;
+    for (int64_t s = 0; s < segments; ++s) {
+      for (int64_t row = tile_.segment_begin(s); row < tile_.segment_end(s); row += kEdgeRows)
+        blocks_.get()[block_count_++] = {row, std::min<int64_t>(row + kEdgeRows, tile_.segment_end(s))};
+      finite = finite && is_finite(s);
     }
     find_signs(tile_.hidden(0), width);
-    int64_t by_segments = 0;
-    bool finite = true, any_linear = false;
-    count_ = segments;
-    for (int64_t s = 0; s < segments; ++s) {
-      Group& group = groups_.get()[s] = {s, s + 1, 0, false, {}, {}};
-      const int64_t n = edges(group);
-      // An infinite difference times a sum of weights is not the sum of its products with them.
-      T distances = 0;
-      for (int64_t row = tile_.segment_begin(s); row < tile_.segment_end(s); ++row)
-        distances += tile_.code(row)[kCode - 1];
-      const bool usable = distances - distances == T(0);
-      finite = finite && usable;
-      const int64_t cost =
-          kFinding + (kCode + 1) * width + n * (kCode + (usable ? count_mixed(group, width) : width));
-      group.linear = is_cheaper(cost, n * width);
-      any_linear = any_linear || group.linear;
-      by_segments += group.linear ? cost : n * width;
+    count_ = 1;
+    groups_.get()[0] = {0, segments, 0, block_count_, 0, 0, finite};
+    int64_t cost = kFinding + (kCode + segments) * width + kCode * tile_.count();
+    if (finite) cost += choose(0, width);
+    if (!finite || !is_cheaper(cost, by_edges)) {
+      if (!find_single_groups(width)) return false;
     }
-    const Group whole{0, segments, 0, true, {}, {}};
-    const int64_t together = kFinding + (kCode + segments) * width +
-                             tile_.count() * (kCode + (finite ? count_mixed(whole, width) : width));
-    if (is_cheaper(together, tile_.count() * width) && together <= by_segments) {
-      groups_.get()[0] = whole;
-      count_ = 1;
-      any_linear = true;
-    }
-    if (!any_linear) return false;
     rows_ = 0;
     for (int64_t g = 0; g < count_; ++g) {
       Group& group = groups_.get()[g];
-      group.mixed = group.linear ? list_mixed(group, 0, width) : list_all(group, 0, width);
+      list(g, tile_.hidden(0), width, lists_[0]);
       if (!group.linear) continue;
       group.row = rows_;
       rows_ += kCode + group.end - group.begin;
-      fill_terms(group, width, [&](int64_t term, int64_t p) {
+      fill_terms(g, width, [&](int64_t term, int64_t p) {
         return load(p + (term < kCode
                              ? mlp_.from_center + term * width
                              : mlp_.center_part + tile_.segment_point(group.begin + term - kCode) * width));
@@ -241,40 +269,63 @@ class GroupedScores {
     return true;
   }
 
+  // An infinite difference times a sum of weights is not the sum of its products with them.
+  bool is_finite(int64_t segment) const {
+    T distances = 0;
+    for (int64_t row = tile_.segment_begin(segment); row < tile_.segment_end(segment); ++row)
+      distances += tile_.code(row)[kCode - 1];
+    return distances - distances == T(0);
+  }
+
+  bool find_single_groups(int64_t width) {
+    bool any_linear = false;
+    count_ = tile_.segments();
+    for (int64_t s = 0, block = 0; s < count_; ++s) {
+      Group& group = groups_.get()[s] = {s, s + 1, block, block, 0, 0, false};
+      const int64_t n = edges(group);
+      group.last_block = block += (n + kEdgeRows - 1) / kEdgeRows;
+      if (n == 0 || !is_finite(s)) continue;
+      const int64_t cost = kFinding + (kCode + 1) * width + kCode * n + choose(s, width);
+      group.linear = is_cheaper(cost, n * width);
+      any_linear = any_linear || group.linear;
+    }
+    return any_linear;
+  }
+
   // Terms of a group times the channels' factors; source(term, p) gives a vector of channels from p on.
   template <typename Source>
-  void fill_terms(const Group& group, int64_t width, const Source& source) const {
+  void fill_terms(int64_t g, int64_t width, const Source& source) const {
     using Bits = typename Vectors<T>::Bits;
+    const Group& group = groups_.get()[g];
     const Bits lanes = (Bits)load(reinterpret_cast<const T*>(lane_bits_));
-    const int64_t terms = kCode + group.end - group.begin + group.first.count;
+    const int64_t terms = kCode + group.end - group.begin + group.others;
     for (int64_t p = 0; p < width; p += kLanes<T>) {
-      uint32_t any_sign, all_signs;
-      signs_of(group, p / kLanes<T>, any_sign, all_signs);
       const auto has = [&](uint32_t bits) {
         return (lanes & (Bits{} + static_cast<decltype(lanes[0] + 0)>(bits))) != 0;
       };
-      const Vector<T> factor =
-          has(all_signs) ? splat(mlp_.slope) : has(any_sign) ? Vector<T>{} : splat(T(1));
+      const Vector<T> factor = has(none(g)[p / kLanes<T>])       ? Vector<T>{}
+                               : has(negative(g)[p / kLanes<T>]) ? splat(mlp_.slope)
+                                                                 : splat(T(1));
       for (int64_t term = 0; term < terms; ++term) {
         store(terms_.row((group.row + term) * width + p), factor * source(term, p));
       }
     }
   }
 
-  // terms (rows, depth) times one panel of packed weights.
-  void multiply(int64_t rows, int64_t depth, int64_t column, int64_t columns, const T* terms,
-                const T* packed, T* result, int64_t pitch, int64_t origin) const {
+  // The groups' terms (rows_, depth) times one panel of packed weights.
+  void multiply(int64_t depth, int64_t column, int64_t columns, const T* packed, T* result, int64_t pitch,
+                int64_t origin) const {
     const auto start = [](int64_t, int64_t) { return Vector<T>{}; };
     const auto done_from = [=](int64_t first) {
       return [=](int64_t row, int64_t c, Vector<T> sum) {
         store(result + (first + row) * pitch + c - origin, sum);
       };
     };
-    const int64_t whole = rows / kRowBlock * kRowBlock;
+    const int64_t whole = rows_ / kRowBlock * kRowBlock;
+    const T* terms = terms_.get();
     product_columns(whole, depth, column, columns, terms, depth, packed, start, done_from(0));
-    constexpr int kRest = 4;
-    product_columns<kRest>(round_up(rows - whole, kRest), depth, column, columns, terms + whole * depth, depth,
-                           packed, start, done_from(whole));
+    product_columns<kRest>(round_up(rows_ - whole, kRest), depth, column, columns, terms + whole * depth,
+                           depth, packed, start, done_from(whole));
   }
 
   // A vector of row d of a layer's weights from channel p on.
@@ -287,15 +338,13 @@ class GroupedScores {
   void second_layer() const {
     const PositionLayer<T>& layer = mlp_.layers[1];
     const int64_t width = layer.out;
-    T* out = tile_.hidden(1);
     const auto start = [bias = layer.bias](int64_t, int64_t c) { return load(bias + c); };
-    const auto done = [=, slope = mlp_.slope](int64_t row, int64_t c, Vector<T> sum) {
+    const auto done = [=, out = tile_.hidden(1), slope = mlp_.slope](int64_t row, int64_t c, Vector<T> sum) {
       store(out + row * width + c, leaky_relu(sum, slope));
     };
     for (int64_t column = 0; column < width; column += kPanel) {
-      multiply(rows_, layer.in, column, width, terms_.get(), layer.weight, second_.get(), width, 0);
-      const Layer map{layer.weight + layer.in * column, layer.in, second_.get() + column, width,
-                      tile_.hidden(0), layer.in};
+      multiply(layer.in, column, width, layer.weight, second_.get(), width, 0);
+      const Map map{layer.weight + layer.in * column, second_.get() + column, width, false};
       if (width - column >= kPanel) {
         edge_sums<kPanelVectors>(map, column, start, done);
       } else {
@@ -310,91 +359,113 @@ class GroupedScores {
     const int64_t width = layer.out;
     find_signs(tile_.hidden(1), width);
     bool any_linear = false;
-    int64_t rows = 0;
+    rows_ = 0;
     for (int64_t g = 0; g < count_; ++g) {
       Group& group = groups_.get()[g];
-      const int64_t n = edges(group), terms = kCode + group.end - group.begin + group.mixed.count;
-      const int64_t cost =
-          kFinding + terms * width + n * (kCode + group.mixed.count + count_mixed(group, width));
-      group.linear = group.linear && is_cheaper(cost, n * width);
-    }
-    for (int64_t g = 0; g < count_; ++g) {
-      Group& group = groups_.get()[g];
-      const Mixed before = group.mixed;
-      const int64_t from = group.row;
-      group.first = {};
-      group.mixed = group.linear ? list_mixed(group, 1, width) : list_all(group, 1, width);
+      const int64_t from = group.row, centers = kCode + group.end - group.begin;
+      if (group.linear) {
+        const int64_t before = join(g, layer.in);
+        const int64_t cost = kFinding + (centers + group.others) * width + kCode * edges(group) + before;
+        group.linear = is_cheaper(cost + choose(g, width), edges(group) * width);
+      }
+      list(g, tile_.hidden(1), width, lists_[1]);
       if (!group.linear) continue;
       any_linear = true;
-      group.first = before;
-      group.row = rows;
-      const int64_t centers = kCode + group.end - group.begin;
-      fill_terms(group, width, [&](int64_t term, int64_t p) {
-        if (term >= centers) return packed_row(layer, before.channels[term - centers], p);
+      group.row = rows_;
+      rows_ += centers + group.others;
+      fill_terms(g, width, [&](int64_t term, int64_t p) {
+        if (term >= centers) return packed_row(layer, members(g)[term - centers], p);
         const Vector<T> value = load(second_.row((from + term) * width + p));
         return term < kCode ? value : value + load(layer.bias + p);
       });
-      rows += centers + before.count;
     }
-    rows_ = rows;
     return any_linear;
+  }
+
+  // The first layer's channels that any block of a group lists; how many edges and channels they list.
+  int64_t join(int64_t g, int64_t width) const {
+    Group& group = groups_.get()[g];
+    std::fill_n(places(g), width, int32_t{-1});
+    int64_t excess = 0;
+    group.others = 0;
+    for (int64_t b = group.first_block; b < group.last_block; ++b) {
+      const int64_t count = lists_[0].counts.get()[b];
+      const int32_t* channels = lists_[0].channels.row(b * widest_);
+      excess += count * (blocks_.get()[b].end - blocks_.get()[b].begin);
+      for (int64_t m = 0; m < count; ++m) {
+        int32_t& place = places(g)[channels[m]];
+        if (place >= 0) continue;
+        place = static_cast<int32_t>(group.others);
+        members(g)[group.others++] = channels[m];
+      }
+    }
+    return excess;
   }
 
   // done(init + ...) of all edges, one panel of columns.
   template <int kVectors, typename Init, typename Done>
-  void edge_sums(const Layer& layer, int64_t column, const Init& init, const Done& done) const {
+  void edge_sums(const Map& map, int64_t column, const Init& init, const Done& done) const {
     for (int64_t g = 0; g < count_; ++g) {
       const Group& group = groups_.get()[g];
-      for (int64_t s = group.begin; s < group.end; ++s) {
-        int64_t row = tile_.segment_begin(s);
-        const int64_t end = tile_.segment_end(s);
-        for (; row + kEdgeRows <= end; row += kEdgeRows)
-          rows_sums<kEdgeRows, kVectors>(layer, group, s, row, column, init, done);
-        for (; row + 2 <= end; row += 2) rows_sums<2, kVectors>(layer, group, s, row, column, init, done);
-        if (row < end) rows_sums<1, kVectors>(layer, group, s, row, column, init, done);
+      int64_t segment = group.begin;
+      for (int64_t b = group.first_block; b < group.last_block; ++b) {
+        const Block block = blocks_.get()[b];
+        while (block.begin >= tile_.segment_end(segment)) ++segment;
+        const T* center = map.matrices + (group.row + kCode + segment - group.begin) * map.pitch;
+        int64_t row = block.begin;
+        if (row + kEdgeRows == block.end) {
+          block_sums<kEdgeRows, kVectors>(map, g, b, center, row, column, init, done);
+          continue;
+        }
+        for (; row < block.end; ++row) block_sums<1, kVectors>(map, g, b, center, row, column, init, done);
       }
     }
   }
 
   template <int kRows, int kVectors, typename Init, typename Done>
-  void rows_sums(const Layer& layer, const Group& group, int64_t s, int64_t row, int64_t column,
-                 const Init& init, const Done& done) const {
+  void block_sums(const Map& map, int64_t g, int64_t b, const T* center, int64_t row, int64_t column,
+                  const Init& init, const Done& done) const {
+    const Group& group = groups_.get()[g];
+    const Block block = blocks_.get()[b];
+    // Rows in the lists.
+    const int64_t rows = kRows == kEdgeRows ? kEdgeRows : block.end - block.begin;
     Vector<T> sums[kRows][kVectors];
     for (int r = 0; r < kRows; ++r) {
       for (int v = 0; v < kVectors; ++v) sums[r][v] = init(row + r, column + v * kLanes<T>);
     }
-    const auto add = [&](const T* weights, auto value) {
+    const auto add = [&](const T* weights, const T* values, int64_t stride) {
       Vector<T> right[kVectors];
       for (int v = 0; v < kVectors; ++v) right[v] = load(weights + v * kLanes<T>);
       for (int r = 0; r < kRows; ++r) {
-        const Vector<T> left = splat(value(r));
+        const Vector<T> left = splat(values[r * stride]);
         for (int v = 0; v < kVectors; ++v) sums[r][v] += left * right[v];
       }
     };
     if (group.linear) {
-      const T* matrix = layer.matrices + group.row * layer.pitch;
-      const T* center = matrix + (kCode + s - group.begin) * layer.pitch;
       for (int v = 0; v < kVectors; ++v) {
         const Vector<T> right = load(center + v * kLanes<T>);
         for (int r = 0; r < kRows; ++r) sums[r][v] += right;
       }
-      const int64_t stride = mlp_.code_padded;
-      const T* code = tile_.code(row);
-      for (int64_t d = 0; d < kCode; ++d) {
-        add(matrix + d * layer.pitch, [=](int r) { return code[r * stride + d]; });
-      }
-      const int64_t width = mlp_.layers[0].out;
-      const T* values = tile_.hidden(0) + row * width;
-      matrix += (kCode + group.end - group.begin) * layer.pitch;
-      for (int64_t m = 0; m < group.first.count; ++m, matrix += layer.pitch) {
-        add(matrix, [=, p = group.first.channels[m]](int r) { return values[r * width + p]; });
-      }
+      const T* matrix = map.matrices + group.row * map.pitch;
+      for (int64_t d = 0; d < kCode; ++d) add(matrix + d * map.pitch, tile_.code(row) + d, mlp_.code_padded);
     }
-    const T* values = layer.values + row * layer.width;
-    for (int64_t m = 0; m < group.mixed.count; ++m) {
-      const int64_t p = group.mixed.channels[m];
-      add(layer.weights + p * kVectors * kLanes<T>, [=](int r) { return values[r * layer.width + p]; });
+    const auto offset = [&](const List& list) {
+      return list.excess.row(block.begin * list.width) + row - block.begin;
+    };
+    if (group.linear && map.second) {
+      const T* values = offset(lists_[0]);
+      const T* matrix = map.matrices + (group.row + kCode + group.end - group.begin) * map.pitch;
+      const int32_t* channels = lists_[0].channels.row(b * widest_);
+      const int64_t count = lists_[0].counts.get()[b];
+      for (int64_t m = 0; m < count; ++m, values += rows)
+        add(matrix + places(g)[channels[m]] * map.pitch, values, 1);
     }
+    const List& list = lists_[map.second];
+    const T* values = offset(list);
+    const int32_t* channels = list.channels.row(b * widest_);
+    const int64_t count = list.counts.get()[b];
+    for (int64_t m = 0; m < count; ++m, values += rows)
+      add(map.weights + channels[m] * kVectors * kLanes<T>, values, 1);
     for (int r = 0; r < kRows; ++r) {
       for (int v = 0; v < kVectors; ++v) done(row + r, column + v * kLanes<T>, sums[r][v]);
     }
@@ -404,11 +475,15 @@ class GroupedScores {
   const PositionMlp<T>& mlp_;
   PositionTile<T>& tile_;
   const int64_t capacity_, widest_;
-  int64_t count_ = 0, rows_ = 0;
+  // Whether an excess can be told from what LeakyReLU gave, a slope of next to 0 hides it.
+  const bool has_majority_;
+  int64_t count_ = 0, block_count_ = 0, rows_ = 0;
   bool grouped_ = false;
   Scratch<Group> groups_;
-  Scratch<int32_t> channels_;
+  Scratch<Block> blocks_;
   Scratch<uint32_t> signs_;
+  const List lists_[2];
+  Scratch<int32_t> union_;
   Scratch<T> terms_, second_, matrices_;
   std::conditional_t<sizeof(T) == 4, int32_t, int64_t> lane_bits_[kLanes<T>];
 };
