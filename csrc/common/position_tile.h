@@ -23,11 +23,12 @@ class PositionTile {
   PositionTile(const PositionMlp<T>& mlp, int64_t least_rows)
       : mlp_(mlp),
         capacity_(round_up(std::max(kTileRows, least_rows), kRowBlock)),
-        indices_(6 * capacity_ + 1),
-        code_(capacity_ * (mlp.code_padded + 1)),
-        hidden_(capacity_ * mlp.hidden_sum) {
-    std::fill_n(code_.get(), capacity_ * mlp.code_padded, T(0));
-    if (mlp.depth == 0) std::fill_n(hidden_.get(), capacity_ * mlp.hidden_sum, T(0));
+        room_(capacity_ + kRowBlock),
+        indices_(6 * room_ + 1),
+        code_(room_ * (mlp.code_padded + 1)),
+        hidden_(room_ * mlp.hidden_sum) {
+    std::fill_n(code_.get(), room_ * mlp.code_padded, T(0));
+    if (mlp.depth == 0) std::fill_n(hidden_.get(), room_ * mlp.hidden_sum, T(0));
   }
 
   int64_t capacity() const { return capacity_; }
@@ -38,13 +39,13 @@ class PositionTile {
   int64_t segment_end(int64_t s) const { return s + 1 < segments_ ? starts()[s + 1] : count_; }
   int64_t segment_point(int64_t s) const { return points()[s]; }
   const int64_t* centers() const { return indices_.get(); }
-  const int64_t* neighbors() const { return indices_.get() + capacity_; }
+  const int64_t* neighbors() const { return indices_.get() + room_; }
   int64_t center(int64_t row) const { return centers()[row]; }
   int64_t neighbor(int64_t row) const { return neighbors()[row]; }
-  int64_t edge(int64_t row) const { return indices_.get()[2 * capacity_ + row]; }
+  int64_t edge(int64_t row) const { return indices_.get()[2 * room_ + row]; }
   // p_i - p_j and |p_i - p_j|.
   const T* code(int64_t row) const { return code_.row(row * mlp_.code_padded); }
-  const int64_t* next_centers() const { return indices_.get() + 5 * capacity_ + 1; }
+  const int64_t* next_centers() const { return indices_.get() + 5 * room_ + 1; }
 
   void clear() { count_ = segments_ = 0; }
   void begin_segment(int64_t point) {
@@ -52,27 +53,27 @@ class PositionTile {
     points()[segments_++] = point;
   }
   // For the row that is added next.
-  void set_next_center(int64_t center) { indices_.get()[5 * capacity_ + 1 + count_] = center; }
+  void set_next_center(int64_t center) { indices_.get()[5 * room_ + 1 + count_] = center; }
   void add(int64_t center, int64_t neighbor, int64_t edge) {
     indices_.get()[count_] = center;
-    indices_.get()[capacity_ + count_] = neighbor;
-    indices_.get()[2 * capacity_ + count_++] = edge;
+    indices_.get()[room_ + count_] = neighbor;
+    indices_.get()[2 * room_ + count_++] = edge;
   }
 
   // What comes out of layer l; without layers, the code itself.
   T* hidden(int64_t layer) const {
     int64_t offset = 0;
     for (int64_t l = 0; l < layer; ++l) offset += mlp_.layers[l].out;
-    return hidden_.row(offset * capacity_);
+    return hidden_.row(offset * room_);
   }
   T* output() const { return hidden(std::max<int64_t>(mlp_.depth - 1, 0)); }
 
   // What the edges are from; without layers, output() as well.
   void start() {
-    for (int64_t row = count_; row < rows(); ++row) {
+    for (int64_t row = count_; row < count_ + kRowBlock; ++row) {
       indices_.get()[row] = center(count_ - 1);
-      indices_.get()[capacity_ + row] = neighbor(count_ - 1);
-      indices_.get()[5 * capacity_ + 1 + row] = center(count_ - 1);
+      indices_.get()[room_ + row] = neighbor(count_ - 1);
+      indices_.get()[5 * room_ + 1 + row] = center(count_ - 1);
     }
     geometry();
     if (mlp_.depth == 0) whole_code();
@@ -144,12 +145,12 @@ class PositionTile {
   }
 
  private:
-  int64_t* starts() const { return indices_.row(3 * capacity_); }
-  int64_t* points() const { return indices_.row(4 * capacity_); }
+  int64_t* starts() const { return indices_.row(3 * room_); }
+  int64_t* points() const { return indices_.row(4 * room_); }
 
   void geometry() {
     const int64_t dims = mlp_.dims, width = mlp_.code_padded;
-    T* squared = code_.row(capacity_ * width);
+    T* squared = code_.row(room_ * width);
     if (dims == 3) {
       typedef T Quad __attribute__((vector_size(4 * sizeof(T)), aligned(sizeof(T)), may_alias));
       for (int64_t row = 0; row < rows(); ++row) {
@@ -216,7 +217,8 @@ class PositionTile {
   }
 
   const PositionMlp<T>& mlp_;
-  const int64_t capacity_;
+  // Tiles may be read in parts whose rows are filled up to kRowBlock.
+  const int64_t capacity_, room_;
   int64_t count_ = 0, segments_ = 0;
   Scratch<int64_t> indices_;
   Scratch<T> code_, hidden_;

@@ -4,7 +4,8 @@
 // factor s_p for all edges of a group, LeakyReLU gives s_p u_p and, to edges of the other sign, an excess. A
 // linear map S of that is S diag(s) (o_i + w c), four columns for the group and one for each of its centres i
 // in place of a product for each edge, and S times the excess, whose few channels are listed for blocks of
-// edges. It is linear in c, o_i and the excess, so that a second layer goes the same way. Neighbours that are
+// edges. It is linear in c, o_i and the excess, so that a second layer goes the same way: c and the excess of
+// all layers are the terms of an edge, which rows of its group's matrix weigh. Neighbours that are
 // near each other leave little excess. A group is a tile, where its centres are near each other, too, or else
 // one centre.
 #pragma once
@@ -43,16 +44,20 @@ class GroupedScores {
         tile_(tile),
         capacity_(args.position.from_center ? tile.capacity() : 0),
         widest_(args.position.widest),
+        most_terms_(kCode + 2 * widest_),
+        most_rows_(capacity_ ? 2 * capacity_ + 2 * most_terms_ : 0),
         has_majority_(mlp_.slope >= T(1e-3)),
         groups_(capacity_ + 1),
         blocks_(capacity_ + 1),
         signs_(4 * (capacity_ + 1) * (widest_ / kLanes<T>)),
-        lists_{List(capacity_, widest_), List(capacity_, widest_)},
-        union_(2 * capacity_ * widest_),
-        terms_((capacity_ + kRest) * widest_),
-        second_((capacity_ + kRest) * widest_),
-        matrices_((capacity_ + kRest) * kPanel) {
-    std::fill_n(terms_.get(), (capacity_ + kRest) * widest_, T(0));
+        places_(widest_),
+        terms_((capacity_ + 1) * most_terms_),
+        values_(capacity_ * most_terms_),
+        members_(most_rows_),
+        inputs_((capacity_ + kRest) * widest_),
+        second_((most_rows_ + kRest) * widest_),
+        matrices_((most_rows_ + kRest) * kPanel) {
+    std::fill_n(inputs_.get(), (capacity_ + kRest) * widest_, T(0));
     for (int64_t lane = 0; lane < kLanes<T>; ++lane) lane_bits_[lane] = 1 << lane;
   }
 
@@ -71,24 +76,30 @@ class GroupedScores {
     }
   }
 
-  // One panel of columns of init + S r for the edges of the tile.
+  // Whether scores go by groups, after prepare(column).
+  bool grouped() const { return grouped_; }
+
+  // What the edges of the tile share in one panel of columns.
+  void prepare(int64_t column) const {
+    make_matrices(mlp_.out_padded, column, args_.hidden, args_.position_weight, matrices_.get(), kPanel);
+  }
+
+  // One panel of columns of init + S r for the edges of segments [begin, end); their rows from 0 on, and at
+  // most kRowBlock - 1 more.
   template <typename Init>
-  void scores(int64_t column, const Init& init, T* panel) const {
-    const int64_t width = mlp_.out_padded, columns = args_.hidden;
-    const auto done = [=](int64_t row, int64_t c, Vector<T> sum) {
-      store(panel + row * kPanel + c - column, sum);
-    };
+  void scores(int64_t begin, int64_t end, int64_t column, const Init& init, T* panel) const {
+    const int64_t width = mlp_.out_padded, columns = args_.hidden, first = tile_.segment_begin(begin);
+    const int64_t count = tile_.segment_end(end - 1) - first;
     if (!grouped_) {
-      return product_columns(tile_.rows(), width, column, columns, tile_.output(), width,
-                             args_.position_weight, init, done);
+      return product_columns(
+          round_up(count, kRowBlock), width, column, columns, tile_.output() + first * width, width,
+          args_.position_weight, [=](int64_t row, int64_t c) { return init(first + row, c); },
+          [=](int64_t row, int64_t c, Vector<T> sum) { store(panel + row * kPanel + c - column, sum); });
     }
-    multiply(width, column, columns, args_.position_weight, matrices_.get(), kPanel, column);
-    const Map map{args_.position_weight + width * column, matrices_.get(), kPanel, mlp_.depth == 2};
-    if (columns - column >= kPanel) {
-      edge_sums<kPanelVectors>(map, column, init, done);
-    } else {
-      edge_sums<1>(map, column, init, done);
-    }
+    T* target = panel - first * kPanel - column;
+    edge_sums({args_.position_weight, tile_.output(), width, column, columns, matrices_.get(), kPanel}, first,
+              first + count, init,
+              [=](int64_t row, int64_t c, Vector<T> sum) { store(target + row * kPanel + c, sum); });
   }
 
  private:
@@ -101,32 +112,26 @@ class GroupedScores {
   // Rows of a product beyond whole ones of kRowBlock.
   static constexpr int kRest = 4;
 
-  // At most kEdgeRows edges of one segment.
+  // At most kEdgeRows edges of one segment, and how many terms they have.
   struct Block {
-    int64_t begin, end;
+    int64_t begin, end, segment, terms;
   };
-  // Segments [begin, end) and their blocks. Where `linear`, rows of terms from `row` on: those of c, of the
-  // centres and of the first layer's excess, `others` of them, where the second one is meant.
+  // Segments [begin, end) and their blocks. Where `linear`, `mapped` rows of inputs from `input` on: those of
+  // c, of the centres and of channels with an excess before the last layer; and from `row` on the rows of the
+  // matrix, which are those mapped and then, for the last layer's channels with an excess, `copied` rows of
+  // the map; their channels are members from `row` on. `excess`: edges and channels that have one.
   struct Group {
-    int64_t begin, end, first_block, last_block, row, others;
+    int64_t begin, end, first_block, last_block, input, mapped, row, copied, excess;
     bool linear;
   };
-  // The channels of each block that have an excess after a layer, and it: channel by channel the block's edges.
-  struct List {
-    List(int64_t capacity, int64_t width)
-        : width(width), counts(capacity + 1), channels((capacity + 1) * width), excess(capacity * width) {}
-    int64_t width;
-    Scratch<int64_t> counts;
-    Scratch<int32_t> channels;
-    Scratch<T> excess;
-  };
-  // A linear map of what LeakyReLU gave, one panel of columns: packed weights (depth, panel), and the groups'
-  // matrices in rows `pitch` apart; whether it follows the second layer.
+  // A linear map of values (edges, width): packed weights, the first column of one panel, all columns, and the
+  // groups' matrices for the panel in rows `pitch` apart.
   struct Map {
     const T* weights;
+    const T* values;
+    int64_t width, column, columns;
     const T* matrices;
     int64_t pitch;
-    bool second;
   };
 
   int64_t edges(const Group& group) const {
@@ -139,17 +144,17 @@ class GroupedScores {
   // Of a group: whether its factor is that of negative numbers, and whether it is zero.
   uint32_t* negative(int64_t group) const { return any(capacity_ + 1 + group); }
   uint32_t* none(int64_t group) const { return negative(group) + vectors(widest_); }
-  // The places of a group's channels among those with an excess.
-  int32_t* places(int64_t group) const { return union_.row(2 * group * widest_); }
-  int32_t* members(int64_t group) const { return places(group) + widest_; }
+  // Of a block's terms: rows of the group's matrix, and values, term by term those of the edges.
+  int32_t* terms(int64_t block) const { return terms_.row(block * most_terms_); }
+  T* values(const Block& block) const { return values_.row(block.begin * most_terms_); }
 
-  // Hence the terms of all groups are fewer than edges.
+  // Hence a group has fewer centres than edges.
   static bool is_cheaper(int64_t cost, int64_t than) { return 4 * cost < 3 * than; }
 
   void find_signs(const T* output, int64_t width) const {
     using Bits = typename Vectors<T>::Bits;
     for (int64_t b = 0; b < block_count_; ++b) {
-      const Block block = blocks_.get()[b];
+      const Block& block = blocks_.get()[b];
       uint32_t *any_sign = any(b), *all_signs = all(b);
       for (int64_t p = 0; p < width; p += kLanes<T>) {
         Bits everywhere = ~Bits{}, somewhere{};
@@ -193,42 +198,46 @@ class GroupedScores {
       negative(g)[v] = chosen;
       none(g)[v] = has_majority_ ? 0 : mixed;
       for (int64_t b = group.first_block; mixed && b < group.last_block; ++b) {
-        const Block block = blocks_.get()[b];
+        const Block& block = blocks_.get()[b];
         excess += (block.end - block.begin) * __builtin_popcount(listed(g, b, v));
       }
     }
     return excess;
   }
 
-  // Lists the excess of a group's blocks in what a layer gave; without factors, all of it.
-  void list(int64_t g, const T* output, int64_t width, const List& list) const {
-    const Group& group = groups_.get()[g];
+  // Adds to the terms of a group's blocks the excess in what a layer gave.
+  void add_excess(int64_t g, const T* output, int64_t width) const {
+    Group& group = groups_.get()[g];
+    group.copied = 0;
+    std::fill_n(places_.get(), width, int32_t{-1});
     // What an edge of the other sign has above the factor times its number.
     const T above = T(1) - mlp_.slope, below = T(1) - T(1) / mlp_.slope;
     for (int64_t b = group.first_block; b < group.last_block; ++b) {
-      const Block block = blocks_.get()[b];
-      int32_t* channels = list.channels.row(b * list.width);
-      T* excess = list.excess.row(block.begin * list.width);
-      int64_t count = 0;
-      const auto add = [&](int64_t p, auto value) {
-        channels[count++] = static_cast<int32_t>(p);
-        for (int64_t row = block.begin; row < block.end; ++row) *excess++ = value(output[row * width + p]);
-      };
-      for (int64_t p = 0; !group.linear && p < width; ++p) add(p, [](T r) { return r; });
-      for (int64_t v = 0; group.linear && v < vectors(width); ++v) {
+      Block& block = blocks_.get()[b];
+      const int64_t rows = block.end - block.begin;
+      int32_t* term = terms(b) + block.terms;
+      T* excess = values(block) + block.terms * rows;
+      for (int64_t v = 0; v < vectors(width); ++v) {
         for (uint32_t bits = listed(g, b, v); bits; bits &= bits - 1) {
           const int lane = __builtin_ctz(bits);
           const int64_t p = v * kLanes<T> + lane;
-          if (none(g)[v] >> lane & 1) {
-            add(p, [](T r) { return r; });
-          } else if (negative(g)[v] >> lane & 1) {
-            add(p, [=](T r) { return r > T(0) ? above * r : T(0); });
-          } else {
-            add(p, [=](T r) { return r < T(0) ? below * r : T(0); });
+          int32_t& place = places_.get()[p];
+          if (place < 0) {
+            place = static_cast<int32_t>(group.copied);
+            members_.get()[group.row + group.mapped + group.copied++] = static_cast<int32_t>(p);
+          }
+          *term++ = static_cast<int32_t>(group.mapped) + place;
+          const bool is_none = none(g)[v] >> lane & 1, is_negative = negative(g)[v] >> lane & 1;
+          const T to_positive = is_none ? T(1) : is_negative ? above : T(0);
+          const T to_negative = is_none ? T(1) : is_negative ? T(0) : below;
+          const T* source = output + block.begin * width + p;
+          for (int64_t r = 0; r < rows; ++r) {
+            const T value = source[r * width];
+            *excess++ = value * (value > T(0) ? to_positive : to_negative);
           }
         }
       }
-      list.counts.get()[b] = count;
+      block.terms = term - terms(b);
     }
   }
 
@@ -236,37 +245,30 @@ class GroupedScores {
   bool find_groups() {
     const int64_t width = mlp_.layers[0].out, segments = tile_.segments();
     const int64_t by_edges = tile_.count() * width;
+    int64_t cost = kFinding + (kCode + segments) * width + kCode * tile_.count();
     // Not even without an excess?
-    if (!is_cheaper(kFinding + (kCode + segments) * width + kCode * tile_.count(), by_edges)) return false;
+    if (!is_cheaper(cost, by_edges)) return false;
     block_count_ = 0;
     bool finite = true;
     for (int64_t s = 0; s < segments; ++s) {
-      for (int64_t row = tile_.segment_begin(s); row < tile_.segment_end(s); row += kEdgeRows)
-        blocks_.get()[block_count_++] = {row, std::min<int64_t>(row + kEdgeRows, tile_.segment_end(s))};
+      for (int64_t row = tile_.segment_begin(s); row < tile_.segment_end(s); row += kEdgeRows) {
+        blocks_.get()[block_count_++] = {row, std::min<int64_t>(row + kEdgeRows, tile_.segment_end(s)), s, 0};
+      }
       finite = finite && is_finite(s);
     }
     find_signs(tile_.hidden(0), width);
     count_ = 1;
-    groups_.get()[0] = {0, segments, 0, block_count_, 0, 0, finite};
-    int64_t cost = kFinding + (kCode + segments) * width + kCode * tile_.count();
-    if (finite) cost += choose(0, width);
+    groups_.get()[0] = {0, segments, 0, block_count_, 0, 0, 0, 0, 0, finite};
+    if (finite) cost += groups_.get()[0].excess = choose(0, width);
     if (!finite || !is_cheaper(cost, by_edges)) {
       if (!find_single_groups(width)) return false;
     }
-    rows_ = 0;
-    for (int64_t g = 0; g < count_; ++g) {
-      Group& group = groups_.get()[g];
-      list(g, tile_.hidden(0), width, lists_[0]);
-      if (!group.linear) continue;
-      group.row = rows_;
-      rows_ += kCode + group.end - group.begin;
-      fill_terms(g, width, [&](int64_t term, int64_t p) {
-        return load(p + (term < kCode
-                             ? mlp_.from_center + term * width
-                             : mlp_.center_part + tile_.segment_point(group.begin + term - kCode) * width));
-      });
-    }
-    return true;
+    const auto source = [=](const Group& group, int64_t row, int64_t p) {
+      return load(p + (row < kCode
+                           ? mlp_.from_center + row * width
+                           : mlp_.center_part + tile_.segment_point(group.begin + row - kCode) * width));
+    };
+    return fill(0, width, source);
   }
 
   // An infinite difference times a sum of weights is not the sum of its products with them.
@@ -281,24 +283,61 @@ class GroupedScores {
     bool any_linear = false;
     count_ = tile_.segments();
     for (int64_t s = 0, block = 0; s < count_; ++s) {
-      Group& group = groups_.get()[s] = {s, s + 1, block, block, 0, 0, false};
+      Group& group = groups_.get()[s] = {s, s + 1, block, block, 0, 0, 0, 0, 0, false};
       const int64_t n = edges(group);
       group.last_block = block += (n + kEdgeRows - 1) / kEdgeRows;
       if (n == 0 || !is_finite(s)) continue;
-      const int64_t cost = kFinding + (kCode + 1) * width + kCode * n + choose(s, width);
-      group.linear = is_cheaper(cost, n * width);
+      group.excess = choose(s, width);
+      group.linear = is_cheaper(kFinding + (kCode + 1) * width + kCode * n + group.excess, n * width);
       any_linear = any_linear || group.linear;
     }
     return any_linear;
   }
 
-  // Terms of a group times the channels' factors; source(term, p) gives a vector of channels from p on.
+  // Inputs and terms of linear groups for what a layer gave; whether there are any. source(group, row, p)
+  // gives a vector of channels from p on of a row of its inputs, before factors.
   template <typename Source>
-  void fill_terms(int64_t g, int64_t width, const Source& source) const {
+  bool fill(int64_t layer, int64_t width, const Source& source) {
+    bool any_linear = false;
+    int64_t inputs = 0, rows = 0;
+    for (int64_t g = 0; g < count_; ++g) {
+      Group& group = groups_.get()[g];
+      if (!group.linear) continue;
+      const Group before = group;
+      group.mapped = kCode + group.end - group.begin + (layer ? before.copied : 0);
+      group.input = inputs;
+      group.row = rows;
+      // What is left to the edges is right, too.
+      group.linear = inputs + group.mapped <= capacity_ && rows + group.mapped + width <= most_rows_;
+      if (!group.linear) continue;
+      any_linear = true;
+      fill_inputs(g, width, [&](int64_t row, int64_t p) { return source(before, row, p); });
+      if (layer == 0) add_code(group);
+      add_excess(g, tile_.hidden(layer), width);
+      inputs += group.mapped;
+      rows += group.mapped + group.copied;
+    }
+    return any_linear;
+  }
+
+  // c as the first terms of a group's blocks.
+  void add_code(const Group& group) const {
+    for (int64_t b = group.first_block; b < group.last_block; ++b) {
+      Block& block = blocks_.get()[b];
+      T* target = values(block);
+      for (int64_t d = 0; d < kCode; ++d) {
+        terms(b)[d] = static_cast<int32_t>(d);
+        for (int64_t row = block.begin; row < block.end; ++row) *target++ = tile_.code(row)[d];
+      }
+      block.terms = kCode;
+    }
+  }
+
+  template <typename Source>
+  void fill_inputs(int64_t g, int64_t width, const Source& source) const {
     using Bits = typename Vectors<T>::Bits;
     const Group& group = groups_.get()[g];
     const Bits lanes = (Bits)load(reinterpret_cast<const T*>(lane_bits_));
-    const int64_t terms = kCode + group.end - group.begin + group.others;
     for (int64_t p = 0; p < width; p += kLanes<T>) {
       const auto has = [&](uint32_t bits) {
         return (lanes & (Bits{} + static_cast<decltype(lanes[0] + 0)>(bits))) != 0;
@@ -306,26 +345,32 @@ class GroupedScores {
       const Vector<T> factor = has(none(g)[p / kLanes<T>])       ? Vector<T>{}
                                : has(negative(g)[p / kLanes<T>]) ? splat(mlp_.slope)
                                                                  : splat(T(1));
-      for (int64_t term = 0; term < terms; ++term) {
-        store(terms_.row((group.row + term) * width + p), factor * source(term, p));
-      }
+      for (int64_t row = 0; row < group.mapped; ++row)
+        store(inputs_.row((group.input + row) * width + p), factor * source(row, p));
     }
   }
 
-  // The groups' terms (rows_, depth) times one panel of packed weights.
-  void multiply(int64_t depth, int64_t column, int64_t columns, const T* packed, T* result, int64_t pitch,
-                int64_t origin) const {
-    const auto start = [](int64_t, int64_t) { return Vector<T>{}; };
-    const auto done_from = [=](int64_t first) {
-      return [=](int64_t row, int64_t c, Vector<T> sum) {
-        store(result + (first + row) * pitch + c - origin, sum);
+  // One panel of the groups' matrices: packed weights (depth, columns) applied to inputs, and rows of them.
+  void make_matrices(int64_t depth, int64_t column, int64_t columns, const T* packed, T* matrices,
+                     int64_t pitch) const {
+    for (int64_t g = 0; g < count_; ++g) {
+      const Group& group = groups_.get()[g];
+      if (!group.linear) continue;
+      T* matrix = matrices + group.row * pitch;
+      const T* inputs = inputs_.row(group.input * depth);
+      const auto start = [](int64_t, int64_t) { return Vector<T>{}; };
+      const auto done_from = [=](T* target) {
+        return [=](int64_t row, int64_t c, Vector<T> sum) { store(target + row * pitch + c - column, sum); };
       };
-    };
-    const int64_t whole = rows_ / kRowBlock * kRowBlock;
-    const T* terms = terms_.get();
-    product_columns(whole, depth, column, columns, terms, depth, packed, start, done_from(0));
-    product_columns<kRest>(round_up(rows_ - whole, kRest), depth, column, columns, terms + whole * depth,
-                           depth, packed, start, done_from(whole));
+      const int64_t whole = group.mapped / kRowBlock * kRowBlock;
+      product_columns(whole, depth, column, columns, inputs, depth, packed, start, done_from(matrix));
+      product_columns<kRest>(round_up(group.mapped - whole, kRest), depth, column, columns,
+                             inputs + whole * depth, depth, packed, start, done_from(matrix + whole * pitch));
+      const int64_t panel = columns - column >= kPanel ? kPanel : kLanes<T>;
+      const int32_t* members = members_.row(group.row + group.mapped);
+      for (int64_t m = 0; m < group.copied; ++m)
+        std::copy_n(packed + depth * column + members[m] * panel, panel, matrix + (group.mapped + m) * pitch);
+    }
   }
 
   // A vector of row d of a layer's weights from channel p on.
@@ -338,18 +383,14 @@ class GroupedScores {
   void second_layer() const {
     const PositionLayer<T>& layer = mlp_.layers[1];
     const int64_t width = layer.out;
-    const auto start = [bias = layer.bias](int64_t, int64_t c) { return load(bias + c); };
-    const auto done = [=, out = tile_.hidden(1), slope = mlp_.slope](int64_t row, int64_t c, Vector<T> sum) {
-      store(out + row * width + c, leaky_relu(sum, slope));
-    };
     for (int64_t column = 0; column < width; column += kPanel) {
-      multiply(layer.in, column, width, layer.weight, second_.get(), width, 0);
-      const Map map{layer.weight + layer.in * column, second_.get() + column, width, false};
-      if (width - column >= kPanel) {
-        edge_sums<kPanelVectors>(map, column, start, done);
-      } else {
-        edge_sums<1>(map, column, start, done);
-      }
+      T* matrices = second_.get() + column;
+      make_matrices(layer.in, column, width, layer.weight, matrices, width);
+      edge_sums({layer.weight, tile_.hidden(0), layer.in, column, width, matrices, width}, 0, tile_.count(),
+                [bias = layer.bias](int64_t, int64_t c) { return load(bias + c); },
+                [=, out = tile_.hidden(1), slope = mlp_.slope](int64_t row, int64_t c, Vector<T> sum) {
+                  store(out + row * width + c, leaky_relu(sum, slope));
+                });
     }
   }
 
@@ -358,115 +399,94 @@ class GroupedScores {
     const PositionLayer<T>& layer = mlp_.layers[1];
     const int64_t width = layer.out;
     find_signs(tile_.hidden(1), width);
-    bool any_linear = false;
-    rows_ = 0;
     for (int64_t g = 0; g < count_; ++g) {
       Group& group = groups_.get()[g];
-      const int64_t from = group.row, centers = kCode + group.end - group.begin;
-      if (group.linear) {
-        const int64_t before = join(g, layer.in);
-        const int64_t cost = kFinding + (centers + group.others) * width + kCode * edges(group) + before;
-        group.linear = is_cheaper(cost + choose(g, width), edges(group) * width);
-      }
-      list(g, tile_.hidden(1), width, lists_[1]);
       if (!group.linear) continue;
-      any_linear = true;
-      group.row = rows_;
-      rows_ += centers + group.others;
-      fill_terms(g, width, [&](int64_t term, int64_t p) {
-        if (term >= centers) return packed_row(layer, members(g)[term - centers], p);
-        const Vector<T> value = load(second_.row((from + term) * width + p));
-        return term < kCode ? value : value + load(layer.bias + p);
-      });
+      const int64_t cost =
+          kFinding + (group.mapped + group.copied) * width + kCode * edges(group) + group.excess;
+      group.linear = is_cheaper(cost + choose(g, width), edges(group) * width);
     }
-    return any_linear;
+    return fill(1, width, [&](const Group& before, int64_t row, int64_t p) {
+      const int64_t place = before.row + row;
+      if (row >= before.mapped) return packed_row(layer, members_.get()[place], p);
+      const Vector<T> value = load(second_.row(place * width + p));
+      return row < kCode ? value : value + load(layer.bias + p);
+    });
   }
 
-  // The first layer's channels that any block of a group lists; how many edges and channels they list.
-  int64_t join(int64_t g, int64_t width) const {
-    Group& group = groups_.get()[g];
-    std::fill_n(places(g), width, int32_t{-1});
-    int64_t excess = 0;
-    group.others = 0;
-    for (int64_t b = group.first_block; b < group.last_block; ++b) {
-      const int64_t count = lists_[0].counts.get()[b];
-      const int32_t* channels = lists_[0].channels.row(b * widest_);
-      excess += count * (blocks_.get()[b].end - blocks_.get()[b].begin);
-      for (int64_t m = 0; m < count; ++m) {
-        int32_t& place = places(g)[channels[m]];
-        if (place >= 0) continue;
-        place = static_cast<int32_t>(group.others);
-        members(g)[group.others++] = channels[m];
-      }
+  // done(init + ...) of edges [first, last) of whole segments, one panel of columns.
+  template <typename Init, typename Done>
+  void edge_sums(const Map& map, int64_t first, int64_t last, const Init& init, const Done& done) const {
+    if (map.columns - map.column >= kPanel) {
+      panel_sums<kPanelVectors>(map, first, last, init, done);
+    } else {
+      panel_sums<1>(map, first, last, init, done);
     }
-    return excess;
   }
 
-  // done(init + ...) of all edges, one panel of columns.
   template <int kVectors, typename Init, typename Done>
-  void edge_sums(const Map& map, int64_t column, const Init& init, const Done& done) const {
-    for (int64_t g = 0; g < count_; ++g) {
-      const Group& group = groups_.get()[g];
-      int64_t segment = group.begin;
-      for (int64_t b = group.first_block; b < group.last_block; ++b) {
-        const Block block = blocks_.get()[b];
-        while (block.begin >= tile_.segment_end(segment)) ++segment;
-        const T* center = map.matrices + (group.row + kCode + segment - group.begin) * map.pitch;
-        int64_t row = block.begin;
-        if (row + kEdgeRows == block.end) {
-          block_sums<kEdgeRows, kVectors>(map, g, b, center, row, column, init, done);
-          continue;
-        }
-        for (; row < block.end; ++row) block_sums<1, kVectors>(map, g, b, center, row, column, init, done);
+  void panel_sums(const Map& map, int64_t first, int64_t last, const Init& init, const Done& done) const {
+    for (int64_t b = block_of(first); b < block_count_ && blocks_.get()[b].begin < last; ++b) {
+      const Block& block = blocks_.get()[b];
+      const Group& group = groups_.get()[count_ == 1 ? 0 : block.segment];
+      const int64_t rows = block.end - block.begin;
+      if (!group.linear) {
+        // Rows past those of the block are done again.
+        product_columns<kRest>(
+            round_up(rows, kRest), map.width, map.column, map.columns, map.values + block.begin * map.width,
+            map.width, map.weights,
+            [=, begin = block.begin](int64_t row, int64_t c) { return init(begin + row, c); },
+            [=, begin = block.begin](int64_t row, int64_t c, Vector<T> sum) { done(begin + row, c, sum); });
+        continue;
+      }
+      const T* matrix = map.matrices + group.row * map.pitch;
+      const T* center = matrix + (kCode + block.segment - group.begin) * map.pitch;
+      if (rows == kEdgeRows) {
+        block_sums<kEdgeRows, kVectors>(block.begin, map.column, center, matrix, map.pitch, block.terms,
+                                        terms(b), values(block), kEdgeRows, init, done);
+        continue;
+      }
+      for (int64_t r = 0; r < rows; ++r) {
+        block_sums<1, kVectors>(block.begin + r, map.column, center, matrix, map.pitch, block.terms, terms(b),
+                                values(block) + r, rows, init, done);
       }
     }
+  }
+
+  // The block that starts at a row, or the next one.
+  int64_t block_of(int64_t row) const {
+    const Block* blocks = blocks_.get();
+    return std::lower_bound(blocks, blocks + block_count_, row,
+                            [](const Block& block, int64_t row) { return block.begin < row; }) -
+           blocks;
   }
 
   template <int kRows, int kVectors, typename Init, typename Done>
-  void block_sums(const Map& map, int64_t g, int64_t b, const T* center, int64_t row, int64_t column,
-                  const Init& init, const Done& done) const {
-    const Group& group = groups_.get()[g];
-    const Block block = blocks_.get()[b];
-    // Rows in the lists.
-    const int64_t rows = kRows == kEdgeRows ? kEdgeRows : block.end - block.begin;
+  __attribute__((noinline)) static void block_sums(int64_t row, int64_t column, const T* center,
+                                                   const T* matrix, int64_t pitch, int64_t count,
+                                                   const int32_t* terms, const T* values, int64_t stride,
+                                                   Init init, Done done) {
     Vector<T> sums[kRows][kVectors];
+#pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      for (int v = 0; v < kVectors; ++v) sums[r][v] = init(row + r, column + v * kLanes<T>);
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) {
+        sums[r][v] = init(row + r, column + v * kLanes<T>) + load(center + v * kLanes<T>);
+      }
     }
-    const auto add = [&](const T* weights, const T* values, int64_t stride) {
+    for (int64_t m = 0; m < count; ++m, values += stride) {
       Vector<T> right[kVectors];
-      for (int v = 0; v < kVectors; ++v) right[v] = load(weights + v * kLanes<T>);
+      for (int v = 0; v < kVectors; ++v) right[v] = load(matrix + terms[m] * pitch + v * kLanes<T>);
+#pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
-        const Vector<T> left = splat(values[r * stride]);
+        const Vector<T> left = splat(values[r]);
+#pragma GCC unroll 2
         for (int v = 0; v < kVectors; ++v) sums[r][v] += left * right[v];
       }
-    };
-    if (group.linear) {
-      for (int v = 0; v < kVectors; ++v) {
-        const Vector<T> right = load(center + v * kLanes<T>);
-        for (int r = 0; r < kRows; ++r) sums[r][v] += right;
-      }
-      const T* matrix = map.matrices + group.row * map.pitch;
-      for (int64_t d = 0; d < kCode; ++d) add(matrix + d * map.pitch, tile_.code(row) + d, mlp_.code_padded);
     }
-    const auto offset = [&](const List& list) {
-      return list.excess.row(block.begin * list.width) + row - block.begin;
-    };
-    if (group.linear && map.second) {
-      const T* values = offset(lists_[0]);
-      const T* matrix = map.matrices + (group.row + kCode + group.end - group.begin) * map.pitch;
-      const int32_t* channels = lists_[0].channels.row(b * widest_);
-      const int64_t count = lists_[0].counts.get()[b];
-      for (int64_t m = 0; m < count; ++m, values += rows)
-        add(matrix + places(g)[channels[m]] * map.pitch, values, 1);
-    }
-    const List& list = lists_[map.second];
-    const T* values = offset(list);
-    const int32_t* channels = list.channels.row(b * widest_);
-    const int64_t count = list.counts.get()[b];
-    for (int64_t m = 0; m < count; ++m, values += rows)
-      add(map.weights + channels[m] * kVectors * kLanes<T>, values, 1);
+#pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
       for (int v = 0; v < kVectors; ++v) done(row + r, column + v * kLanes<T>, sums[r][v]);
     }
   }
@@ -474,17 +494,18 @@ class GroupedScores {
   const PoolArgs<T>& args_;
   const PositionMlp<T>& mlp_;
   PositionTile<T>& tile_;
-  const int64_t capacity_, widest_;
-  // Whether an excess can be told from what LeakyReLU gave, a slope of next to 0 hides it.
+  const int64_t capacity_, widest_, most_terms_, most_rows_;
+  // Whether an excess can be told from what LeakyReLU gave: a slope of next to 0 hides it.
   const bool has_majority_;
-  int64_t count_ = 0, block_count_ = 0, rows_ = 0;
+  int64_t count_ = 0, block_count_ = 0;
   bool grouped_ = false;
   Scratch<Group> groups_;
   Scratch<Block> blocks_;
   Scratch<uint32_t> signs_;
-  const List lists_[2];
-  Scratch<int32_t> union_;
-  Scratch<T> terms_, second_, matrices_;
+  Scratch<int32_t> places_, terms_;
+  Scratch<T> values_;
+  Scratch<int32_t> members_;
+  Scratch<T> inputs_, second_, matrices_;
   std::conditional_t<sizeof(T) == 4, int32_t, int64_t> lane_bits_[kLanes<T>];
 };
 

@@ -14,10 +14,11 @@ namespace avatar {
 namespace AVATAR_ISA {
 namespace {
 
-// Softmax of one vector of channels' scores over each segment, and the mean of what its weights weigh.
+// Softmax of one vector of channels' scores over each of some segments, and the mean of what its weights weigh.
+// The scores' rows start with the first segment's.
 template <bool kFeature, typename T>
-void attend_column(const PoolArgs<T>& args, const PositionTile<T>& tile, const T* scores, int64_t stride,
-                   int64_t column) {
+void attend_column(const PoolArgs<T>& args, const PositionTile<T>& tile, int64_t first, int64_t last,
+                   const T* scores, int64_t stride, int64_t column) {
   const int64_t place = kFeature ? column : column - args.channels_padded;
   const int64_t row_stride = kFeature ? args.channels_padded : args.position.out_padded;
   const T* values = (kFeature ? args.features : tile.output()) + place;
@@ -25,7 +26,8 @@ void attend_column(const PoolArgs<T>& args, const PositionTile<T>& tile, const T
   const int64_t width = args.channels + args.position_channels;
   const int64_t target = kFeature ? place : args.channels + place;
   const int64_t valid = (kFeature ? args.channels : args.position_channels) - place;
-  for (int64_t s = 0; s < tile.segments(); ++s) {
+  scores -= tile.segment_begin(first) * stride;
+  for (int64_t s = first; s < last; ++s) {
     const int64_t begin = tile.segment_begin(s), end = tile.segment_end(s);
     Vector<T> pooled{}, statistic{};
     if (begin < end) {
@@ -70,7 +72,7 @@ int64_t pool_rows(const PoolArgs<T>& args, int64_t begin, int64_t end) {
   const int64_t most_rows = rows_of_tile(args);
   PositionTile<T> tile(args.position, most_rows * args.k);
   GroupedScores<T> groups(args, tile);
-  Scratch<T> panel(tile.capacity() * kPanel);
+  Scratch<T> panel((tile.capacity() + kRowBlock) * kPanel);
   T* scores = panel.get();
   const int64_t* neighbors = tile.neighbors();
   const auto ahead = [&](int64_t point) {
@@ -78,17 +80,36 @@ int64_t pool_rows(const PoolArgs<T>& args, int64_t begin, int64_t end) {
     fetch(args.scores + point * args.hidden, args.hidden);
     fetch(args.features + point * args.channels_padded, args.channels_padded);
   };
+  const auto of_features = [=, features = args.scores, hidden = args.hidden](int64_t row, int64_t c) {
+    return load(features + neighbors[row] * hidden + c);
+  };
+  // Segments [first, last), one panel of columns.
+  const auto attend = [&](int64_t first, int64_t last, int64_t column) {
+    groups.scores(first, last, column, of_features, scores);
+    for (int64_t c = column; c < std::min(column + kPanel, args.hidden); c += kLanes<T>) {
+      const auto attend_vector = c < args.channels_padded ? attend_column<true, T> : attend_column<false, T>;
+      attend_vector(args, tile, first, last, scores + c - column, kPanel, c);
+    }
+  };
+  // Segments go together whose scores stay in the first-level cache.
+  const auto by_parts = [&](const auto& body) {
+    for (int64_t first = 0, last = 0; first < tile.segments(); first = last) {
+      for (last = first + 1; last < tile.segments(); ++last) {
+        if (tile.segment_end(last) - tile.segment_begin(first) > kTileRows) break;
+      }
+      body(first, last);
+    }
+  };
   const auto pool = [&](int64_t, int64_t) {
     groups.forward();
-    const auto of_features = [=, features = args.scores, hidden = args.hidden](int64_t row, int64_t c) {
-      return load(features + neighbors[row] * hidden + c);
-    };
+    if (!groups.grouped()) {
+      return by_parts([&](int64_t first, int64_t last) {
+        for (int64_t column = 0; column < args.hidden; column += kPanel) attend(first, last, column);
+      });
+    }
     for (int64_t column = 0; column < args.hidden; column += kPanel) {
-      groups.scores(column, of_features, scores);
-      for (int64_t c = column; c < std::min(column + kPanel, args.hidden); c += kLanes<T>) {
-        const auto attend = c < args.channels_padded ? attend_column<true, T> : attend_column<false, T>;
-        attend(args, tile, scores + c - column, kPanel, c);
-      }
+      groups.prepare(column);
+      by_parts([&](int64_t first, int64_t last) { attend(first, last, column); });
     }
   };
   return walk_rows(tile, args.neighbors, args.k, args.cloud, begin, end, most_rows, ahead, pool);

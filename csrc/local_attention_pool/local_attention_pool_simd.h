@@ -40,7 +40,7 @@ static bool is_narrow(const PoolArgs<T>& args) {
 // Rows of a tile. Results depend on which rows share one, so threads take whole tiles.
 template <typename T>
 static int64_t rows_of_tile(const PoolArgs<T>& args) {
-  const int64_t edges = args.position.from_center ? 96 : 48;
+  const int64_t edges = args.position.from_center ? 192 : 48;
   return std::max<int64_t>(1, edges / std::max<int64_t>(1, args.k));
 }
 
