@@ -190,20 +190,27 @@ template <int kRows, int kVectors, typename T, typename Init, typename Done>
 __attribute__((always_inline)) inline void product_panel(int64_t row, int64_t column, int64_t depth,
                                                          const T* a, int64_t lda, const T* panel,
                                                          const Init& init, const Done& done) {
+  // Unrolled early, so that the sums are registers throughout.
   Vector<T> sum[kRows][kVectors];
+#pragma GCC unroll 12
   for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) sum[r][v] = init(row + r, column + v * kLanes<T>);
   }
   a += row * lda;
   for (int64_t d = 0; d < depth; ++d) {
     Vector<T> b[kVectors];
     for (int v = 0; v < kVectors; ++v) b[v] = load(panel + (d * kVectors + v) * kLanes<T>);
+#pragma GCC unroll 12
     for (int r = 0; r < kRows; ++r) {
       const Vector<T> value = splat(a[r * lda + d]);
+#pragma GCC unroll 2
       for (int v = 0; v < kVectors; ++v) sum[r][v] += value * b[v];
     }
   }
+#pragma GCC unroll 12
   for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) done(row + r, column + v * kLanes<T>, sum[r][v]);
   }
 }

@@ -9,31 +9,56 @@ namespace {
 // Rows whose numbers stay in the second-level cache while all panels of columns go over them.
 constexpr int64_t kChunk = 192;
 
+// Rows [begin, begin + rows) of x (rows, depth), where columns fill whole vectors.
 template <typename T>
-void rows_of_chunk(const LinearActArgs<T>& args, const T* x, int64_t begin, int64_t rows, int64_t valid) {
+void whole_rows(const LinearActArgs<T>& args, const T* x, int64_t begin, int64_t rows) {
   const int64_t columns = args.columns;
-  const auto start = [=, bias = args.bias, rest = args.rest, places = args.places](int64_t row,
-                                                                                   int64_t column) {
-    Vector<T> sum = load(bias + column);
-    if (!rest) return sum;
-    row = begin + std::min(row, valid - 1);
-    const T* added = rest + (places ? places[row] : row) * columns + column;
-    if (column + kLanes<T> <= columns) return sum + load(added);
-    T lanes[kLanes<T>] = {};
-    std::copy_n(added, columns - column, lanes);
-    return sum + load(lanes);
+  const auto run = [=](const auto& start) {
+    const auto done = [=, y = args.y + begin * columns, slope = args.negative_slope](
+                          int64_t row, int64_t column, Vector<T> sum) {
+      store(y + row * columns + column, leaky_relu(sum, slope));
+    };
+    product(rows, args.depth, columns, x, args.depth, args.weight, start, done);
   };
-  const auto done = [=, y = args.y, slope = args.negative_slope](int64_t row, int64_t column, Vector<T> sum) {
-    if (row >= valid) return;
-    store_some(y + (begin + row) * columns + column, leaky_relu(sum, slope), columns - column);
-  };
-  product(rows, args.depth, args.columns_padded, x, args.depth, args.weight, start, done);
+  const T *bias = args.bias, *rest = args.rest;
+  if (!rest) return run([=](int64_t, int64_t column) { return load(bias + column); });
+  if (args.places) {
+    return run([=, places = args.places + begin](int64_t row, int64_t column) {
+      return load(bias + column) + load(rest + places[row] * columns + column);
+    });
+  }
+  run([=, rest = rest + begin * columns](int64_t row, int64_t column) {
+    return load(bias + column) + load(rest + row * columns + column);
+  });
+}
+
+// The same for any columns and the first `valid` rows, by way of a tile (rows, columns_padded).
+template <typename T>
+void some_rows(const LinearActArgs<T>& args, const T* x, int64_t begin, int64_t rows, int64_t valid,
+               T* tile) {
+  const int64_t columns = args.columns, width = args.columns_padded;
+  for (int64_t row = 0; row < rows; ++row) {
+    std::copy_n(args.bias, width, tile + row * width);
+    if (!args.rest || row >= valid) continue;
+    const T* added = args.rest + (args.places ? args.places[begin + row] : begin + row) * columns;
+    for (int64_t column = 0; column < columns; ++column) tile[row * width + column] += added[column];
+  }
+  product(
+      rows, args.depth, width, x, args.depth, args.weight,
+      [=](int64_t row, int64_t column) { return load(tile + row * width + column); },
+      [=, slope = args.negative_slope](int64_t row, int64_t column, Vector<T> sum) {
+        store(tile + row * width + column, leaky_relu(sum, slope));
+      });
+  for (int64_t row = 0; row < valid; ++row)
+    std::copy_n(tile + row * width, columns, args.y + (begin + row) * columns);
 }
 
 template <typename T>
 void linear_act(const LinearActArgs<T>& args, int64_t begin, int64_t end) {
   const int64_t own = args.own_depth, other = args.depth - own;
+  const bool is_whole = args.columns == args.columns_padded;
   Scratch<T> copy((args.beside ? kChunk : kRowBlock) * args.depth);
+  Scratch<T> tile((is_whole ? kRowBlock : kChunk) * args.columns_padded);
   // Rows from `begin` on, the last one as often as it takes to fill up.
   const auto copied = [&](int64_t rows) {
     for (int64_t row = 0; row < rows; ++row) {
@@ -45,10 +70,15 @@ void linear_act(const LinearActArgs<T>& args, int64_t begin, int64_t end) {
   };
   for (; end - begin >= kRowBlock;) {
     const int64_t rows = std::min(kChunk, (end - begin) / kRowBlock * kRowBlock);
-    rows_of_chunk(args, args.beside ? copied(rows) : args.x + begin * own, begin, rows, rows);
+    const T* x = args.beside ? copied(rows) : args.x + begin * own;
+    if (is_whole) {
+      whole_rows(args, x, begin, rows);
+    } else {
+      some_rows(args, x, begin, rows, rows, tile.get());
+    }
     begin += rows;
   }
-  if (begin < end) rows_of_chunk(args, copied(kRowBlock), begin, kRowBlock, end - begin);
+  if (begin < end) some_rows(args, copied(kRowBlock), begin, kRowBlock, end - begin, tile.get());
 }
 
 }  // namespace
