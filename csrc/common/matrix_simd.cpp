@@ -16,8 +16,11 @@ void tile(const MatrixProduct<T>& args, int64_t row, int64_t column) {
   const T* a = args.a + row * args.a_row;
   const T* b = args.b + column;
   T* c = args.c + row * args.c_stride + column;
+  // Unrolled early, so that the sums are registers throughout.
   Vector<T> sums[kRows][kVectors];
+#pragma GCC unroll 6
   for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
       sums[r][v] = args.accumulate ? load(c + r * args.c_stride + v * kLanes) : Vector<T>{};
     }
@@ -28,10 +31,13 @@ void tile(const MatrixProduct<T>& args, int64_t row, int64_t column) {
 #pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r) {
       const T left = a[r * args.a_row + i * args.a_inner];
+#pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) sums[r][v] += left * right[v];
     }
   }
+#pragma GCC unroll 6
   for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) store(c + r * args.c_stride + v * kLanes, sums[r][v]);
   }
 }

@@ -247,18 +247,24 @@ inline void product(int64_t rows, int64_t depth, int64_t columns, const T* a, in
 template <int kVectors, typename T>
 inline void outer_block(int64_t rows, const T* a, int64_t lda, const T* b, int64_t ldb, T* c, int64_t ldc) {
   Vector<T> sum[kOuterBlock<T>][kVectors];
+#pragma GCC unroll 8
   for (int r = 0; r < kOuterBlock<T>; ++r) {
+#pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) sum[r][v] = load(c + r * ldc + v * kLanes<T>);
   }
   for (int64_t e = 0; e < rows; ++e) {
     Vector<T> value[kVectors];
     for (int v = 0; v < kVectors; ++v) value[v] = load(b + e * ldb + v * kLanes<T>);
+#pragma GCC unroll 8
     for (int r = 0; r < kOuterBlock<T>; ++r) {
       const Vector<T> factor = splat(a[e * lda + r]);
+#pragma GCC unroll 2
       for (int v = 0; v < kVectors; ++v) sum[r][v] += factor * value[v];
     }
   }
+#pragma GCC unroll 8
   for (int r = 0; r < kOuterBlock<T>; ++r) {
+#pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) store(c + r * ldc + v * kLanes<T>, sum[r][v]);
   }
 }

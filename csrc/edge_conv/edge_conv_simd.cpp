@@ -88,12 +88,15 @@ void smallest_of_all(const T* q, int64_t stride, const int64_t* neighbors, int64
                      Vector<T> (&best_out)[kVectors]) {
   constexpr int64_t kLanes = Lanes<T>::kCount;
   Vector<T> best[kVectors];
+#pragma GCC unroll 8
   for (int v = 0; v < kVectors; ++v) best[v] = load(q + neighbors[0] * stride + v * kLanes);
 #pragma GCC unroll 4
   for (int64_t slot = 1; slot < k; ++slot) {
     const T* other = q + neighbors[slot] * stride;
+#pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) best[v] = smaller(load(other + v * kLanes), best[v]);
   }
+#pragma GCC unroll 8
   for (int v = 0; v < kVectors; ++v) best_out[v] = best[v];
 }
 
@@ -103,9 +106,10 @@ template <int kVectors, bool kSlots, bool kOrdered, typename T>
 void smallest(const T* q, int64_t stride, const int64_t* neighbors, int64_t first, int64_t k,
               Vector<T> (&best_out)[kVectors], Index<T> (&slots_out)[kVectors]) {
   constexpr int64_t kLanes = Lanes<T>::kCount;
-  // What is handed out could alias q, and would be stored at every step.
+  // What is handed out could alias q, and would be stored at every step. Unrolled early, vectors are registers.
   Vector<T> best[kVectors];
   Index<T> slots[kVectors];
+#pragma GCC unroll 8
   for (int v = 0; v < kVectors; ++v) {
     best[v] = load(q + neighbors[first] * stride + v * kLanes);
     slots[v] = Index<T>{} + typename Lanes<T>::Integer(first);
@@ -114,6 +118,7 @@ void smallest(const T* q, int64_t stride, const int64_t* neighbors, int64_t firs
     if (neighbors[slot] < 0) continue;
     const T* other = q + neighbors[slot] * stride;
     const Index<T> here = Index<T>{} + typename Lanes<T>::Integer(slot);
+#pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
       const Vector<T> candidate = load(other + v * kLanes);
       const Vector<T> seen = best[v];
@@ -130,6 +135,7 @@ void smallest(const T* q, int64_t stride, const int64_t* neighbors, int64_t firs
       }
     }
   }
+#pragma GCC unroll 8
   for (int v = 0; v < kVectors; ++v) best_out[v] = best[v], slots_out[v] = slots[v];
 }
 
@@ -141,16 +147,20 @@ void row_statistics(const T* q, int64_t stride, const int64_t* neighbors, int64_
   Vector<T> mean[kVectors] = {}, squares[kVectors] = {};
   for (int64_t slot = 0; slot < k; ++slot) {
     if (neighbors[slot] < 0) continue;
+#pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) mean[v] += load(q + neighbors[slot] * stride + v * kLanes);
   }
+#pragma GCC unroll 8
   for (int v = 0; v < kVectors; ++v) mean[v] *= inverse_count;
   for (int64_t slot = 0; slot < k; ++slot) {
     if (neighbors[slot] < 0) continue;
+#pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
       const Vector<T> deviation = load(q + neighbors[slot] * stride + v * kLanes) - mean[v];
       squares[v] += deviation * deviation;
     }
   }
+#pragma GCC unroll 8
   for (int v = 0; v < kVectors; ++v) mean_out[v] = mean[v], squares_out[v] = squares[v];
 }
 
