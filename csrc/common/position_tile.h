@@ -224,23 +224,27 @@ class PositionTile {
   Scratch<T> code_, hidden_;
 };
 
-// Fills tiles with the edges of rows [begin, end), whole rows and at most `most_rows` of them, and calls
-// body(first row, rows) for each. neighbors (rows, k) of clouds of `cloud` rows each. ahead(point) is called
-// some edges before one to that point comes, to fetch what it will need. Returns the flat position of the first neighbour out of range, or
+// Fills tiles with the edges of rows order[begin], ..., order[end - 1] (begin, ... without an order), whole
+// rows and at most `most_rows` of them, and calls body() for each. neighbors (rows, k) of clouds of `cloud`
+// rows each. ahead(point) is called some edges before one to that point comes, to fetch what it will need. Returns the flat position of the first neighbour out of range, or
 // -1.
 template <typename T, typename Ahead, typename Body>
 inline int64_t walk_rows(PositionTile<T>& tile, const int64_t* neighbors, int64_t k, int64_t cloud,
-                         int64_t begin, int64_t end, int64_t most_rows, const Ahead& ahead,
-                         const Body& body) {
-  const int64_t distance = std::max<int64_t>(1, kTileRows / std::max<int64_t>(k, 1)) * k;
-  for (int64_t row = begin; row < end;) {
+                         const int64_t* order, int64_t begin, int64_t end, int64_t most_rows,
+                         const Ahead& ahead, const Body& body) {
+  const int64_t distance = std::max<int64_t>(1, kTileRows / std::max<int64_t>(k, 1));
+  for (int64_t place = begin; place < end;) {
     tile.clear();
-    const int64_t first = row;
-    for (; row < end && row - first < most_rows && tile.count() + k <= tile.capacity(); ++row) {
-      const int64_t base = row / cloud * cloud;
+    const int64_t first = place;
+    for (; place < end && place - first < most_rows && tile.count() + k <= tile.capacity(); ++place) {
+      const int64_t row = order ? order[place] : place, base = row / cloud * cloud;
       tile.begin_segment(row);
-      for (int64_t edge = row * k + distance; edge < std::min((row + 1) * k + distance, end * k); ++edge) {
-        if (neighbors[edge] >= 0 && neighbors[edge] < cloud) ahead(base + neighbors[edge]);
+      if (place + distance < end) {
+        const int64_t next = order ? order[place + distance] : place + distance;
+        const int64_t next_base = next / cloud * cloud;
+        for (int64_t edge = next * k; edge < (next + 1) * k; ++edge) {
+          if (neighbors[edge] >= 0 && neighbors[edge] < cloud) ahead(next_base + neighbors[edge]);
+        }
       }
       for (int64_t edge = row * k; edge < (row + 1) * k; ++edge) {
         if (neighbors[edge] == -1) continue;
@@ -248,7 +252,7 @@ inline int64_t walk_rows(PositionTile<T>& tile, const int64_t* neighbors, int64_
         tile.add(row, base + neighbors[edge], edge);
       }
     }
-    body(first, row - first);
+    body();
   }
   return -1;
 }

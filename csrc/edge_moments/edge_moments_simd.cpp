@@ -94,7 +94,7 @@ int64_t moments_rows(const EdgeMomentsArgs<T>& args, int64_t begin, int64_t end,
     fetch(args.position.points + point * args.position.point_stride, args.position.point_stride);
   };
   const int64_t bad =
-      walk_rows(tile, args.neighbors, args.k, args.cloud, begin, end, tile.capacity(), ahead, [&](int64_t, int64_t) {
+      walk_rows(tile, args.neighbors, args.k, args.cloud, nullptr, begin, end, tile.capacity(), ahead, [&] {
         if (tile.count() == 0) return;
         tile.forward();
         deviations.add(tile.output(), tile.count());

@@ -2,6 +2,7 @@
 
 #include "common/huge_pages.h"
 #include "common/position_weights.h"
+#include "local_attention_pool/local_attention_pool_order.h"
 #include "local_attention_pool/local_attention_pool_simd.h"
 
 namespace avatar {
@@ -103,11 +104,23 @@ std::tuple<Tensor, Tensor> local_attention_pool_cpu(const Tensor& points, const 
     args.statistics = save_statistics ? mutable_data<T>(statistics) : nullptr;
     const int64_t grain = std::max<int64_t>(16, (1 << 20) / std::max<int64_t>(1, k * width * width));
     const Isa isa = is_narrow(args) ? current_isa() : pool.layout.isa;
-    const int64_t rows = batch * cloud, step = rows_of_tile(args), tiles = (rows + step - 1) / step;
+    const int64_t rows = batch * cloud;
+    Buffer<int64_t> order;
+    if (args.position.from_center && !is_narrow(args)) {
+      args.by_tiles = follows_neighbors(args, rows);
+      // Elsewhere only wide codes are worth going to and fro in memory.
+      if (!args.by_tiles && pool.hidden >= 256) {
+        order = curve_order(args, rows);
+        args.by_tiles = true;
+      }
+    }
+    args.order = order.get();
+    const int64_t step = rows_of_tile(args), tiles = (rows + step - 1) / step;
     torch::stable::parallel_for(0, tiles, (grain + step - 1) / step, [&](int64_t begin, int64_t end) {
       bad.report(
           AVATAR_ISA_CALL_OF(isa, local_attention_pool_rows, args, begin * step, std::min(end * step, rows)));
     });
+    if (bad.found()) bad.report(first_bad_neighbor(args.neighbors, rows * k, cloud));
     raise_bad_neighbor(bad, "local_attention_pool", pool.neighbors, cloud);
   });
   return {to_type(pooled, points.scalar_type()), statistics};

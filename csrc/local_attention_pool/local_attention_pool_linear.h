@@ -232,11 +232,14 @@ class LinearChannels {
     }
   }
 
+  // Here and below loops are unrolled early, so that the sums are registers throughout.
   template <int kRows, int kVectors, typename Init>
   void score_rows(const PositionTile<T>& tile, int64_t s, int64_t row, const T* weights, int64_t column,
                   const Init& init, T* panel) const {
     Vector<T> sums[kRows][kVectors];
+#pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
       for (int v = 0; v < kVectors; ++v) sums[r][v] = init(row + r, column + v * kLanes<T>);
     }
     const int64_t place = linear()[s];
@@ -244,9 +247,12 @@ class LinearChannels {
       const T* matrix = matrices_.row(kTerms * place * kPanel);
       for (int term = 0; term < kTerms; ++term, matrix += kPanel) {
         Vector<T> right[kVectors];
+#pragma GCC unroll 2
         for (int v = 0; v < kVectors; ++v) right[v] = load(matrix + v * kLanes<T>);
+#pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r) {
           const Vector<T> left = splat(term == 0 ? T(1) : tile.code(row + r)[term - 1]);
+#pragma GCC unroll 2
           for (int v = 0; v < kVectors; ++v) sums[r][v] += left * right[v];
         }
       }
@@ -257,13 +263,18 @@ class LinearChannels {
     for (int64_t m = 0; m < count; ++m) {
       const int64_t p = channels[m];
       Vector<T> right[kVectors];
+#pragma GCC unroll 2
       for (int v = 0; v < kVectors; ++v) right[v] = load(weights + (p * kVectors + v) * kLanes<T>);
+#pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
         const Vector<T> left = splat(output[r * width_ + p]);
+#pragma GCC unroll 2
         for (int v = 0; v < kVectors; ++v) sums[r][v] += left * right[v];
       }
     }
+#pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
       for (int v = 0; v < kVectors; ++v) store(panel + (row + r) * kPanel + v * kLanes<T>, sums[r][v]);
     }
   }
@@ -273,13 +284,16 @@ class LinearChannels {
                  T* sums) const {
     Vector<T> sum[kTerms][kVectors] = {};
     for (int64_t row = tile.segment_begin(s); row < tile.segment_end(s); ++row) {
+#pragma GCC unroll 2
       for (int v = 0; v < kVectors; ++v) {
         const Vector<T> value = load(a + row * stride + v * kLanes<T>);
         sum[0][v] += value;
+#pragma GCC unroll 5
         for (int term = 1; term < kTerms; ++term) sum[term][v] += splat(tile.code(row)[term - 1]) * value;
       }
     }
     for (int term = 0; term < kTerms; ++term) {
+#pragma GCC unroll 2
       for (int v = 0; v < kVectors; ++v) store(sums + term * columns + v * kLanes<T>, sum[term][v]);
     }
   }
@@ -288,11 +302,14 @@ class LinearChannels {
   void add_outer_row(const PositionTile<T>& tile, int64_t s, int64_t p, const T* a, int64_t stride,
                      T* target) const {
     Vector<T> sum[kVectors];
+#pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) sum[v] = load(target + v * kLanes<T>);
     for (int64_t row = tile.segment_begin(s); row < tile.segment_end(s); ++row) {
       const Vector<T> left = splat(tile.output()[row * width_ + p]);
+#pragma GCC unroll 2
       for (int v = 0; v < kVectors; ++v) sum[v] += left * load(a + row * stride + v * kLanes<T>);
     }
+#pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) store(target + v * kLanes<T>, sum[v]);
   }
 
@@ -305,9 +322,11 @@ class LinearChannels {
       const T* row = packed + width_ * c + p * panel;
       for (const int64_t end = c + panel; c < end; c += kLanes<T>, row += kLanes<T>) {
         const Vector<T> left = load(row);
+#pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r) sums[r] += left * load(a + r * stride + c);
       }
     }
+#pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) dots[r] = sum_lanes<T>(sums[r]);
   }
 

@@ -4,8 +4,8 @@
 #include <type_traits>
 
 #include "common/position_tile.h"
-#include "local_attention_pool/local_attention_pool_groups.h"
 #include "local_attention_pool/local_attention_pool_linear.h"
+#include "local_attention_pool/local_attention_pool_tiles.h"
 #if defined(__AVX512F__)
 #include "local_attention_pool/local_attention_pool_narrow.h"
 #endif
@@ -71,7 +71,6 @@ int64_t pool_rows(const PoolArgs<T>& args, int64_t begin, int64_t end) {
   constexpr int64_t kPanel = kPanelVectors * kLanes<T>;
   const int64_t most_rows = rows_of_tile(args);
   PositionTile<T> tile(args.position, most_rows * args.k);
-  GroupedScores<T> groups(args, tile);
   Scratch<T> panel((tile.capacity() + kRowBlock) * kPanel);
   T* scores = panel.get();
   const int64_t* neighbors = tile.neighbors();
@@ -85,12 +84,36 @@ int64_t pool_rows(const PoolArgs<T>& args, int64_t begin, int64_t end) {
   };
   // Segments [first, last), one panel of columns.
   const auto attend = [&](int64_t first, int64_t last, int64_t column) {
-    groups.scores(first, last, column, of_features, scores);
     for (int64_t c = column; c < std::min(column + kPanel, args.hidden); c += kLanes<T>) {
       const auto attend_vector = c < args.channels_padded ? attend_column<true, T> : attend_column<false, T>;
       attend_vector(args, tile, first, last, scores + c - column, kPanel, c);
     }
   };
+  const auto walk = [&](const auto& pool) {
+    return walk_rows(tile, args.neighbors, args.k, args.cloud, args.order, begin, end, most_rows, ahead, pool);
+  };
+
+  if (!args.by_tiles) {
+    LinearChannels<T> channels(args.position, args.position.from_neighbor ? args.position.from_center : nullptr,
+                               tile);
+    return walk([&] {
+      if (tile.count() > 0) tile.forward();
+      const bool linear = channels.find_each(tile);
+      for (int64_t column = 0; column < args.hidden; column += kPanel) {
+        if (linear) {
+          channels.scores(tile, args.position_weight, column, args.hidden, of_features, scores);
+        } else {
+          product_columns(
+              tile.rows(), args.position.out_padded, column, args.hidden, tile.output(),
+              args.position.out_padded, args.position_weight, of_features,
+              [=](int64_t row, int64_t c, Vector<T> sum) { store(scores + row * kPanel + c - column, sum); });
+        }
+        attend(0, tile.segments(), column);
+      }
+    });
+  }
+
+  TileScores<T> by_tile(args, tile);
   // Segments go together whose scores stay in the first-level cache.
   const auto by_parts = [&](const auto& body) {
     for (int64_t first = 0, last = 0; first < tile.segments(); first = last) {
@@ -100,19 +123,22 @@ int64_t pool_rows(const PoolArgs<T>& args, int64_t begin, int64_t end) {
       body(first, last);
     }
   };
-  const auto pool = [&](int64_t, int64_t) {
-    groups.forward();
-    if (!groups.grouped()) {
+  const auto part = [&](int64_t first, int64_t last, int64_t column) {
+    by_tile.scores(first, last, column, of_features, scores);
+    attend(first, last, column);
+  };
+  return walk([&] {
+    by_tile.forward();
+    if (!by_tile.shared()) {
       return by_parts([&](int64_t first, int64_t last) {
-        for (int64_t column = 0; column < args.hidden; column += kPanel) attend(first, last, column);
+        for (int64_t column = 0; column < args.hidden; column += kPanel) part(first, last, column);
       });
     }
     for (int64_t column = 0; column < args.hidden; column += kPanel) {
-      groups.prepare(column);
-      by_parts([&](int64_t first, int64_t last) { attend(first, last, column); });
+      by_tile.prepare(column);
+      by_parts([&](int64_t first, int64_t last) { part(first, last, column); });
     }
-  };
-  return walk_rows(tile, args.neighbors, args.k, args.cloud, begin, end, most_rows, ahead, pool);
+  });
 }
 
 // What one tile of edges leaves behind on its way back: gradients of scores, `stride` apart, and of what the

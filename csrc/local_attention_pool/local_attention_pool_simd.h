@@ -15,7 +15,9 @@ template <typename T>
 struct PoolArgs {
   PositionMlp<T> position;
   const int64_t* neighbors;  // (rows, k) within the cloud, -1 for none
+  const int64_t* order;      // (rows,): the rows one after the other; null for 0, 1, ...
   int64_t k, cloud;          // rows per cloud
+  bool by_tiles;             // whether edges of near centres share products
   int64_t channels, channels_padded, position_channels, hidden;
   const T* features;  // (rows, channels_padded)
   const T*
@@ -40,7 +42,7 @@ static bool is_narrow(const PoolArgs<T>& args) {
 // Rows of a tile. Results depend on which rows share one, so threads take whole tiles.
 template <typename T>
 static int64_t rows_of_tile(const PoolArgs<T>& args) {
-  const int64_t edges = args.position.from_center ? 192 : 48;
+  const int64_t edges = args.by_tiles ? 192 : 48;
   return std::max<int64_t>(1, edges / std::max<int64_t>(1, args.k));
 }
 
@@ -57,8 +59,9 @@ struct PoolBackwardArgs {
   T* grad_features;         // (rows, channels_padded), added to
 };
 
-// local_attention_pool_rows: rows [begin, end), `begin` a multiple of rows_of_tile; returns the flat position of the first neighbour out of
-// range, or -1. With AVX-512, what is_narrow is laid out for vectors of 8 all the same.
+// local_attention_pool_rows: places [begin, end) of the order, `begin` a multiple of rows_of_tile; returns the
+// flat position of a neighbour out of range, or -1. With AVX-512, what is_narrow is laid out for vectors of 8
+// all the same, and wants no order.
 // local_attention_pool_backward_points: the edges into points [begin, end); adds weight gradients to
 // `weights`.
 #define AVATAR_DECLARE_TYPE(T)                                                                           \

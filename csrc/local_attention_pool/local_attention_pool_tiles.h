@@ -1,0 +1,454 @@
+// Scores of position codes by tiles of edges over which most channels keep their sign. For *_simd.cpp only.
+//
+// Before LeakyReLU channel p of edge (i, j) is u_p = o_ip + w_p c with c = [p_i - p_j ; |p_i - p_j|]. With a
+// factor s_p for all edges of a tile, LeakyReLU gives s_p u_p and, to edges of the other sign, an excess. A
+// linear map S of that is S diag(s) (o_i + w c), four columns for the tile and one for each of its centres i
+// in place of a product for each edge, and S times the excess, whose few channels are listed for blocks of
+// edges. It is linear in c, o_i and the excess, so that a second layer goes the same way. Centres and
+// neighbours that are near each other leave little excess.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "common/position_tile.h"
+#include "local_attention_pool/local_attention_pool_simd.h"
+
+namespace avatar {
+namespace AVATAR_ISA {
+namespace {
+
+// Bit l: whether lane l has its sign bit set.
+template <typename T>
+inline uint32_t sign_bits(typename Vectors<T>::Bits value) {
+  if constexpr (sizeof(T) == 4) {
+#if defined(__AVX512F__)
+    return _mm512_mask_cmpgt_epi32_mask(0xffff, (__m512i)(value ^ value), (__m512i)value);
+#elif defined(__AVX2__)
+    return static_cast<uint32_t>(_mm256_movemask_ps((__m256)value));
+#endif
+  }
+  uint32_t bits = 0;
+  for (int64_t lane = 0; lane < kLanes<T>; ++lane) bits |= uint32_t{value[lane] < 0} << lane;
+  return bits;
+}
+
+template <typename T>
+class TileScores {
+ public:
+  TileScores(const PoolArgs<T>& args, PositionTile<T>& tile)
+      : args_(args),
+        mlp_(args.position),
+        tile_(tile),
+        capacity_(args.position.from_center ? tile.capacity() : 0),
+        widest_(args.position.widest),
+        most_terms_(kCode + 2 * widest_),
+        most_rows_(capacity_ ? 2 * capacity_ + 2 * most_terms_ : 0),
+        has_majority_(mlp_.slope >= T(1e-3)),
+        blocks_(capacity_ + 1),
+        signs_(2 * (capacity_ + 2) * (widest_ / kLanes<T>)),
+        places_(widest_),
+        terms_((capacity_ + 1) * most_terms_),
+        values_(capacity_ * most_terms_),
+        members_(most_rows_),
+        inputs_((capacity_ + kRest) * widest_),
+        second_((most_rows_ + kRest) * widest_),
+        matrix_((most_rows_ + kRest) * kPanel) {
+    std::fill_n(inputs_.get(), (capacity_ + kRest) * widest_, T(0));
+    for (int64_t lane = 0; lane < kLanes<T>; ++lane) lane_bits_[lane] = 1 << lane;
+  }
+
+  // The position code of the tile, and the way its scores will be made.
+  void forward() {
+    shared_ = false;
+    if (tile_.count() == 0) return;
+    tile_.start();
+    if (mlp_.depth > 0) tile_.layer(0);
+    shared_ = capacity_ > 0 && first_layer();
+    if (shared_ && mlp_.depth == 2) {
+      second_layer();
+      shared_ = last_layer();
+    } else {
+      for (int64_t l = 1; l < mlp_.depth; ++l) tile_.layer(l);
+    }
+  }
+
+  // Whether edges share their scores' products, which prepare(column) makes.
+  bool shared() const { return shared_; }
+
+  // What the edges of the tile share in one panel of columns.
+  void prepare(int64_t column) const {
+    make_matrix(mlp_.out_padded, column, args_.hidden, args_.position_weight, matrix_.get(), kPanel);
+  }
+
+  // One panel of columns of init + S r for the edges of segments [begin, end); their rows from 0 on, and at
+  // most kRowBlock - 1 more.
+  template <typename Init>
+  void scores(int64_t begin, int64_t end, int64_t column, const Init& init, T* panel) const {
+    const int64_t width = mlp_.out_padded, columns = args_.hidden, first = tile_.segment_begin(begin);
+    const int64_t count = tile_.segment_end(end - 1) - first;
+    if (!shared_) {
+      return product_columns(
+          round_up(count, kRowBlock), width, column, columns, tile_.output() + first * width, width,
+          args_.position_weight, [=](int64_t row, int64_t c) { return init(first + row, c); },
+          [=](int64_t row, int64_t c, Vector<T> sum) { store(panel + row * kPanel + c - column, sum); });
+    }
+    T* target = panel - first * kPanel - column;
+    edge_sums({column, columns, matrix_.get(), kPanel}, first, first + count, init,
+              [=](int64_t row, int64_t c, Vector<T> sum) { store(target + row * kPanel + c, sum); });
+  }
+
+ private:
+  static constexpr int64_t kPanel = kPanelVectors * kLanes<T>;
+  // Columns of c.
+  static constexpr int64_t kCode = 4;
+  // What finding channels costs, in products of one edge and one channel.
+  static constexpr int64_t kFinding = 100;
+  static constexpr int kEdgeRows = kVectorBytes == 64 ? 8 : 4;
+  // Rows of a product beyond whole ones of kRowBlock.
+  static constexpr int kRest = 4;
+
+  // At most kEdgeRows edges of one segment, and how many terms they have.
+  struct Block {
+    int64_t begin, end, segment, terms;
+  };
+  // One panel of columns of a linear map: the first one, all columns, and the matrix in rows `pitch` apart.
+  struct Map {
+    int64_t column, columns;
+    const T* matrix;
+    int64_t pitch;
+  };
+
+  int64_t vectors(int64_t width) const { return width / kLanes<T>; }
+  // By vectors of channels: whether any and whether all edges of a block have a negative sign.
+  uint32_t* any(int64_t block) const { return signs_.row(2 * block * vectors(widest_)); }
+  uint32_t* all(int64_t block) const { return any(block) + vectors(widest_); }
+  // Whether the tile's factor is that of negative numbers, and whether it is zero.
+  uint32_t* negative() const { return any(capacity_ + 1); }
+  uint32_t* none() const { return all(capacity_ + 1); }
+  // Of a block's terms: rows of the matrix, and values, term by term those of the edges.
+  int32_t* terms(int64_t block) const { return terms_.row(block * most_terms_); }
+  T* values(const Block& block) const { return values_.row(block.begin * most_terms_); }
+
+  // Hence the matrix has fewer rows from centres than there are edges.
+  static bool is_cheaper(int64_t cost, int64_t than) { return 4 * cost < 3 * than; }
+
+  void find_signs(const T* output, int64_t width) const {
+    using Bits = typename Vectors<T>::Bits;
+    for (int64_t b = 0; b < block_count_; ++b) {
+      const Block& block = blocks_.get()[b];
+      uint32_t *any_sign = any(b), *all_signs = all(b);
+      for (int64_t p = 0; p < width; p += kLanes<T>) {
+        Bits everywhere = ~Bits{}, somewhere{};
+        for (int64_t row = block.begin; row < block.end; ++row) {
+          const Bits bits = (Bits)load(output + row * width + p);
+          everywhere &= bits;
+          somewhere |= bits;
+        }
+        if (mlp_.slope == T(1)) everywhere = somewhere = Bits{};
+        any_sign[p / kLanes<T>] = sign_bits<T>(somewhere);
+        all_signs[p / kLanes<T>] = sign_bits<T>(everywhere);
+      }
+    }
+  }
+
+  // Channels of a vector with an excess in a block.
+  uint32_t listed(int64_t block, int64_t vector) const {
+    const uint32_t other = negative()[vector];
+    return (any(block)[vector] & ~other) | (~all(block)[vector] & other) | none()[vector];
+  }
+
+  // Chooses the factors that list the fewest; how many edges and channels they leave with an excess. Does not
+  // look closely where that is almost everywhere.
+  int64_t choose(int64_t width) const {
+    int64_t all_mixed = 0, excess = 0;
+    for (int64_t v = 0; v < vectors(width); ++v) {
+      uint32_t any_sign = 0, all_signs = ~uint32_t{0};
+      for (int64_t b = 0; b < block_count_; ++b) {
+        any_sign |= any(b)[v];
+        all_signs &= all(b)[v];
+      }
+      negative()[v] = any_sign & all_signs;
+      none()[v] = any_sign & ~all_signs;
+      all_mixed += __builtin_popcount(none()[v]);
+    }
+    if (4 * all_mixed > 3 * width) return tile_.count() * width;
+    for (int64_t v = 0; v < vectors(width); ++v) {
+      const uint32_t mixed = none()[v];
+      uint32_t chosen = negative()[v];
+      for (uint32_t bits = has_majority_ ? mixed : 0; bits; bits &= bits - 1) {
+        const int lane = __builtin_ctz(bits);
+        int64_t balance = 0;
+        for (int64_t b = 0; b < block_count_; ++b)
+          balance += (any(b)[v] >> lane & 1) + (all(b)[v] >> lane & 1);
+        if (balance > block_count_) chosen |= uint32_t{1} << lane;
+      }
+      negative()[v] = chosen;
+      none()[v] = has_majority_ ? 0 : mixed;
+      for (int64_t b = 0; mixed && b < block_count_; ++b) {
+        const Block& block = blocks_.get()[b];
+        excess += (block.end - block.begin) * __builtin_popcount(listed(b, v));
+      }
+    }
+    return excess;
+  }
+
+  // Adds to the blocks' terms the excess in what a layer gave, whose channels become rows of the matrix from
+  // `mapped_` on.
+  void add_excess(int64_t layer, int64_t width) {
+    const T* output = tile_.hidden(layer);
+    copied_ = 0;
+    std::fill_n(places_.get(), width, int32_t{-1});
+    // What an edge of the other sign has above the factor times its number.
+    const T above = T(1) - mlp_.slope, below = T(1) - T(1) / mlp_.slope;
+    for (int64_t b = 0; b < block_count_; ++b) {
+      Block& block = blocks_.get()[b];
+      const int64_t rows = block.end - block.begin;
+      int32_t* term = terms(b) + block.terms;
+      T* excess = values(block) + block.terms * rows;
+      for (int64_t v = 0; v < vectors(width); ++v) {
+        for (uint32_t bits = listed(b, v); bits; bits &= bits - 1) {
+          const int lane = __builtin_ctz(bits);
+          const int64_t p = v * kLanes<T> + lane;
+          int32_t& place = places_.get()[p];
+          if (place < 0) {
+            place = static_cast<int32_t>(copied_);
+            members_.get()[copied_++] = static_cast<int32_t>(p);
+          }
+          *term++ = static_cast<int32_t>(mapped_) + place;
+          const bool is_none = none()[v] >> lane & 1, is_negative = negative()[v] >> lane & 1;
+          const T to_positive = is_none ? T(1) : is_negative ? above : T(0);
+          const T to_negative = is_none ? T(1) : is_negative ? T(0) : below;
+          const T* source = output + block.begin * width + p;
+          for (int64_t r = 0; r < rows; ++r) {
+            const T value = source[r * width];
+            *excess++ = value * (value > T(0) ? to_positive : to_negative);
+          }
+        }
+      }
+      block.terms = term - terms(b);
+    }
+  }
+
+  // After the first layer; whether it pays that edges share products.
+  bool first_layer() {
+    const int64_t width = mlp_.layers[0].out, segments = tile_.segments(), count = tile_.count();
+    const int64_t cost = kFinding + (kCode + segments) * width + kCode * count;
+    if (!is_cheaper(cost, count * width) || !is_near()) return false;
+    block_count_ = 0;
+    for (int64_t s = 0; s < segments; ++s) {
+      for (int64_t row = tile_.segment_begin(s); row < tile_.segment_end(s); row += kEdgeRows) {
+        blocks_.get()[block_count_++] = {row, std::min<int64_t>(row + kEdgeRows, tile_.segment_end(s)), s, 0};
+      }
+    }
+    find_signs(tile_.hidden(0), width);
+    excess_ = choose(width);
+    if (!is_cheaper(cost + excess_, count * width)) return false;
+    mapped_ = kCode + segments;
+    fill_inputs(width, [=](int64_t row, int64_t p) {
+      return load(p + (row < kCode ? mlp_.from_center + row * width
+                                   : mlp_.center_part + tile_.segment_point(row - kCode) * width));
+    });
+    add_code();
+    add_excess(0, width);
+    return true;
+  }
+
+  // Whether the tile's centres are not much farther from each other than its edges are long, and finite: an
+  // infinite difference times a sum of weights is not the sum of its products with them.
+  bool is_near() const {
+    const T* points = mlp_.points;
+    const T* first = points + 4 * tile_.segment_point(0);
+    T longest = 0, farthest = 0, sum = 0;
+    for (int64_t row = 0; row < tile_.count(); ++row) {
+      const T distance = tile_.code(row)[kCode - 1];
+      longest = std::max(longest, distance);
+      sum += distance;
+    }
+    for (int64_t s = 1; s < tile_.segments(); ++s) {
+      const T* point = points + 4 * tile_.segment_point(s);
+      const T x = point[0] - first[0], y = point[1] - first[1], z = point[2] - first[2];
+      farthest = std::max(farthest, x * x + y * y + z * z);
+    }
+    return sum - sum == T(0) && farthest <= 64 * longest * longest;
+  }
+
+  // c as the first terms of the blocks.
+  void add_code() const {
+    for (int64_t b = 0; b < block_count_; ++b) {
+      Block& block = blocks_.get()[b];
+      T* target = values(block);
+      for (int64_t d = 0; d < kCode; ++d) {
+        terms(b)[d] = static_cast<int32_t>(d);
+        for (int64_t row = block.begin; row < block.end; ++row) *target++ = tile_.code(row)[d];
+      }
+      block.terms = kCode;
+    }
+  }
+
+  // What becomes the first rows of the matrix: source(row, p), which gives vectors of channels from p on, times
+  // the factors.
+  template <typename Source>
+  void fill_inputs(int64_t width, const Source& source) const {
+    using Bits = typename Vectors<T>::Bits;
+    const Bits lanes = (Bits)load(reinterpret_cast<const T*>(lane_bits_));
+    for (int64_t p = 0; p < width; p += kLanes<T>) {
+      const auto has = [&](uint32_t bits) {
+        return (lanes & (Bits{} + static_cast<decltype(lanes[0] + 0)>(bits))) != 0;
+      };
+      const Vector<T> factor = has(none()[p / kLanes<T>])       ? Vector<T>{}
+                               : has(negative()[p / kLanes<T>]) ? splat(mlp_.slope)
+                                                                 : splat(T(1));
+      for (int64_t row = 0; row < mapped_; ++row)
+        store(inputs_.row(row * width + p), factor * source(row, p));
+    }
+  }
+
+  // One panel of the matrix: inputs times packed weights (depth, columns), and the rows of those for an excess.
+  void make_matrix(int64_t depth, int64_t column, int64_t columns, const T* packed, T* matrix,
+                   int64_t pitch) const {
+    const T* inputs = inputs_.get();
+    const auto start = [](int64_t, int64_t) { return Vector<T>{}; };
+    const auto done_from = [=](T* target) {
+      return [=](int64_t row, int64_t c, Vector<T> sum) { store(target + row * pitch + c - column, sum); };
+    };
+    const int64_t whole = mapped_ / kRowBlock * kRowBlock;
+    product_columns(whole, depth, column, columns, inputs, depth, packed, start, done_from(matrix));
+    product_columns<kRest>(round_up(mapped_ - whole, kRest), depth, column, columns, inputs + whole * depth,
+                           depth, packed, start, done_from(matrix + whole * pitch));
+    const int64_t panel = columns - column >= kPanel ? kPanel : kLanes<T>;
+    for (int64_t m = 0; m < copied_; ++m) {
+      std::copy_n(packed + depth * column + members_.get()[m] * panel, panel,
+                  matrix + (mapped_ + m) * pitch);
+    }
+  }
+
+  // A vector of row d of a layer's weights from channel p on.
+  static Vector<T> packed_row(const PositionLayer<T>& layer, int64_t d, int64_t p) {
+    const int64_t first = p / kPanel * kPanel, panel = std::min(kPanel, layer.out - first);
+    return load(layer.weight + layer.in * first + d * panel + p - first);
+  }
+
+  // The second layer of the code.
+  void second_layer() const {
+    const PositionLayer<T>& layer = mlp_.layers[1];
+    const int64_t width = layer.out;
+    for (int64_t column = 0; column < width; column += kPanel) {
+      T* matrix = second_.get() + column;
+      make_matrix(layer.in, column, width, layer.weight, matrix, width);
+      edge_sums({column, width, matrix, width}, 0, tile_.count(),
+                [bias = layer.bias](int64_t, int64_t c) { return load(bias + c); },
+                [=, out = tile_.hidden(1), slope = mlp_.slope](int64_t row, int64_t c, Vector<T> sum) {
+                  store(out + row * width + c, leaky_relu(sum, slope));
+                });
+    }
+  }
+
+  // After the second layer; whether it pays that edges share products.
+  bool last_layer() {
+    const PositionLayer<T>& layer = mlp_.layers[1];
+    const int64_t width = layer.out, count = tile_.count(), centers = mapped_;
+    const int64_t rows = mapped_ + copied_;
+    find_signs(tile_.hidden(1), width);
+    const int64_t cost = kFinding + rows * width + kCode * count + excess_;
+    if (rows > capacity_ || !is_cheaper(cost + choose(width), count * width)) return false;
+    mapped_ = rows;
+    fill_inputs(width, [=](int64_t row, int64_t p) {
+      if (row >= centers) return packed_row(layer, members_.get()[row - centers], p);
+      const Vector<T> value = load(second_.row(row * width + p));
+      return row < kCode ? value : value + load(layer.bias + p);
+    });
+    add_excess(1, width);
+    return true;
+  }
+
+  // done(init + ...) of edges [first, last) of whole segments, one panel of columns.
+  template <typename Init, typename Done>
+  void edge_sums(const Map& map, int64_t first, int64_t last, const Init& init, const Done& done) const {
+    if (map.columns - map.column >= kPanel) {
+      panel_sums<kPanelVectors>(map, first, last, init, done);
+    } else {
+      panel_sums<1>(map, first, last, init, done);
+    }
+  }
+
+  template <int kVectors, typename Init, typename Done>
+  void panel_sums(const Map& map, int64_t first, int64_t last, const Init& init, const Done& done) const {
+    for (int64_t b = block_of(first); b < block_count_ && blocks_.get()[b].begin < last; ++b) {
+      const Block& block = blocks_.get()[b];
+      const int64_t rows = block.end - block.begin;
+      const T* center = map.matrix + (kCode + block.segment) * map.pitch;
+      if (rows == kEdgeRows) {
+        block_sums<kEdgeRows, kVectors>(block.begin, map.column, center, map.matrix, map.pitch, block.terms,
+                                        terms(b), values(block), kEdgeRows, init, done);
+        continue;
+      }
+      for (int64_t r = 0; r < rows; ++r) {
+        block_sums<1, kVectors>(block.begin + r, map.column, center, map.matrix, map.pitch, block.terms, terms(b),
+                                values(block) + r, rows, init, done);
+      }
+    }
+  }
+
+  // The block that starts at a row, or the next one.
+  int64_t block_of(int64_t row) const {
+    const Block* blocks = blocks_.get();
+    return std::lower_bound(blocks, blocks + block_count_, row,
+                            [](const Block& block, int64_t row) { return block.begin < row; }) -
+           blocks;
+  }
+
+  template <int kRows, int kVectors, typename Init, typename Done>
+  __attribute__((noinline)) static void block_sums(int64_t row, int64_t column, const T* center,
+                                                   const T* matrix, int64_t pitch, int64_t count,
+                                                   const int32_t* terms, const T* values, int64_t stride,
+                                                   Init init, Done done) {
+    Vector<T> sums[kRows][kVectors];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) {
+        sums[r][v] = init(row + r, column + v * kLanes<T>) + load(center + v * kLanes<T>);
+      }
+    }
+    for (int64_t m = 0; m < count; ++m, values += stride) {
+      Vector<T> right[kVectors];
+      for (int v = 0; v < kVectors; ++v) right[v] = load(matrix + terms[m] * pitch + v * kLanes<T>);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        const Vector<T> left = splat(values[r]);
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v) sums[r][v] += left * right[v];
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) done(row + r, column + v * kLanes<T>, sums[r][v]);
+    }
+  }
+
+  const PoolArgs<T>& args_;
+  const PositionMlp<T>& mlp_;
+  PositionTile<T>& tile_;
+  const int64_t capacity_, widest_, most_terms_, most_rows_;
+  // Whether an excess can be told from what LeakyReLU gave: a slope of next to 0 hides it.
+  const bool has_majority_;
+  int64_t block_count_ = 0;
+  // Rows of the matrix: those mapped, and then those copied, of channels in members_.
+  int64_t mapped_ = 0, copied_ = 0;
+  // Edges and channels with an excess after the first layer.
+  int64_t excess_ = 0;
+  bool shared_ = false;
+  Scratch<Block> blocks_;
+  Scratch<uint32_t> signs_;
+  Scratch<int32_t> places_, terms_;
+  Scratch<T> values_;
+  Scratch<int32_t> members_;
+  Scratch<T> inputs_, second_, matrix_;
+  std::conditional_t<sizeof(T) == 4, int32_t, int64_t> lane_bits_[kLanes<T>];
+};
+
+}  // namespace
+}  // namespace AVATAR_ISA
+}  // namespace avatar
