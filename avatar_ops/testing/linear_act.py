@@ -7,9 +7,7 @@ from avatar_ops.linear_act import linear_act
 from avatar_ops.testing import OpCase, Rejection, changed, normal, poisoned
 
 
-def _inputs(
-    batch=2, points=70, channels=20, outputs=36, beside=7, rest=13, bias=True, negative_slope=0.2
-):
+def _inputs(batch=2, points=70, channels=20, outputs=36, beside=7, rest=13, bias=True, negative_slope=0.2):
     """`beside`: None or its width; `rest`: None, 0 for one row per point, else the rows that places name."""
 
     def make(generator, dtype):

@@ -32,7 +32,9 @@ def _case(id: str, rows=60, k=6, num_points=40, sampled=10, missing=0.3) -> OpCa
             Rejection(
                 "high", changed("neighbors", poisoned((3, 0), 40)), IndexError, r"neighbors\[3, 0\] = 40"
             ),
-            Rejection("low", changed("neighbors", poisoned((5, 0), -2)), IndexError, r"neighbors\[5, 0\] = -2"),
+            Rejection(
+                "low", changed("neighbors", poisoned((5, 0), -2)), IndexError, r"neighbors\[5, 0\] = -2"
+            ),
         ),
     )
 

@@ -226,8 +226,8 @@ class PositionTile {
 
 // Fills tiles with the edges of rows order[begin], ..., order[end - 1] (begin, ... without an order), whole
 // rows and at most `most_rows` of them, and calls body() for each. neighbors (rows, k) of clouds of `cloud`
-// rows each. ahead(point) is called some edges before one to that point comes, to fetch what it will need. Returns the flat position of the first neighbour out of range, or
-// -1.
+// rows each. ahead(point) is called some edges before one to that point comes, to fetch what it will need.
+// Returns the flat position of the first neighbour out of range, or -1.
 template <typename T, typename Ahead, typename Body>
 inline int64_t walk_rows(PositionTile<T>& tile, const int64_t* neighbors, int64_t k, int64_t cloud,
                          const int64_t* order, int64_t begin, int64_t end, int64_t most_rows,

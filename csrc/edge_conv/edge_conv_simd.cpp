@@ -106,7 +106,8 @@ template <int kVectors, bool kSlots, bool kOrdered, typename T>
 void smallest(const T* q, int64_t stride, const int64_t* neighbors, int64_t first, int64_t k,
               Vector<T> (&best_out)[kVectors], Index<T> (&slots_out)[kVectors]) {
   constexpr int64_t kLanes = Lanes<T>::kCount;
-  // What is handed out could alias q, and would be stored at every step. Unrolled early, vectors are registers.
+  // What is handed out could alias q, and would be stored at every step. Unrolled early, vectors are
+  // registers.
   Vector<T> best[kVectors];
   Index<T> slots[kVectors];
 #pragma GCC unroll 8

@@ -5,10 +5,11 @@
 namespace avatar {
 namespace {
 
-// x (B, N, C), beside (B, N, D), weight (O, C + D), bias (O,), rest (B, M, O), places (N,) int64 -> (B, N, O).
-Tensor linear_act_cpu(const Tensor& x_in, const std::optional<Tensor>& beside_in, const Tensor& weight_in, const std::optional<Tensor>& bias_in,
-                      const std::optional<Tensor>& rest_in, const std::optional<Tensor>& places_in,
-                      double negative_slope) {
+// x (B, N, C), beside (B, N, D), weight (O, C + D), bias (O,), rest (B, M, O), places (N,) int64 -> (B, N,
+// O).
+Tensor linear_act_cpu(const Tensor& x_in, const std::optional<Tensor>& beside_in, const Tensor& weight_in,
+                      const std::optional<Tensor>& bias_in, const std::optional<Tensor>& rest_in,
+                      const std::optional<Tensor>& places_in, double negative_slope) {
   const Tensor x = to_compute(x_in), weight = to_compute(weight_in);
   std::optional<Tensor> beside, bias, rest, places;
   if (beside_in) beside = to_compute(*beside_in);

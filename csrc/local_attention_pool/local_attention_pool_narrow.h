@@ -141,8 +141,8 @@ class NarrowRows {
       store(values + kLanes<float> * e, both(half(features + kHalf * points[e]), positions));
     };
     const Half own = half(mlp.center_part + row * kHalf);
-    by_blocks(count, [=, weight = mlp.layers[0].weight, slope = mlp.slope, last = mlp.depth == 1](
-                         auto rows, int64_t e) {
+    by_blocks(count, [=, weight = mlp.layers[0].weight, slope = mlp.slope, last = mlp.depth == 1](auto rows,
+                                                                                                  int64_t e) {
       Half sums[rows];
       for (int r = 0; r < rows; ++r) sums[r] = own;
       for (int d = 0; d < 4; ++d) {
@@ -158,8 +158,8 @@ class NarrowRows {
       }
     });
     if (mlp.depth == 1) return;
-    by_blocks(count, [=, weight = mlp.layers[1].weight, slope = mlp.slope,
-                      bias = half(mlp.layers[1].bias)](auto rows, int64_t e) {
+    by_blocks(count, [=, weight = mlp.layers[1].weight, slope = mlp.slope, bias = half(mlp.layers[1].bias)](
+                         auto rows, int64_t e) {
       Half sums[rows];
       for (int r = 0; r < rows; ++r) sums[r] = bias;
       for (int p = 0; p < kHalf; ++p) {

@@ -22,7 +22,8 @@ bool follows_neighbors(const PoolArgs<T>& args, int64_t rows) {
     const auto squared = [&](int64_t other) {
       T sum = 0;
       for (int64_t d = 0; d < args.position.dims; ++d) {
-        const T difference = args.position.points[row * stride + d] - args.position.points[other * stride + d];
+        const T difference =
+            args.position.points[row * stride + d] - args.position.points[other * stride + d];
         sum += difference * difference;
       }
       return sum;

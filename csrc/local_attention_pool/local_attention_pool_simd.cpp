@@ -14,8 +14,8 @@ namespace avatar {
 namespace AVATAR_ISA {
 namespace {
 
-// Softmax of one vector of channels' scores over each of some segments, and the mean of what its weights weigh.
-// The scores' rows start with the first segment's.
+// Softmax of one vector of channels' scores over each of some segments, and the mean of what its weights
+// weigh. The scores' rows start with the first segment's.
 template <bool kFeature, typename T>
 void attend_column(const PoolArgs<T>& args, const PositionTile<T>& tile, int64_t first, int64_t last,
                    const T* scores, int64_t stride, int64_t column) {
@@ -90,12 +90,13 @@ int64_t pool_rows(const PoolArgs<T>& args, int64_t begin, int64_t end) {
     }
   };
   const auto walk = [&](const auto& pool) {
-    return walk_rows(tile, args.neighbors, args.k, args.cloud, args.order, begin, end, most_rows, ahead, pool);
+    return walk_rows(tile, args.neighbors, args.k, args.cloud, args.order, begin, end, most_rows, ahead,
+                     pool);
   };
 
   if (!args.by_tiles) {
-    LinearChannels<T> channels(args.position, args.position.from_neighbor ? args.position.from_center : nullptr,
-                               tile);
+    LinearChannels<T> channels(args.position,
+                               args.position.from_neighbor ? args.position.from_center : nullptr, tile);
     return walk([&] {
       if (tile.count() > 0) tile.forward();
       const bool linear = channels.find_each(tile);

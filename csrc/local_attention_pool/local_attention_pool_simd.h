@@ -59,11 +59,10 @@ struct PoolBackwardArgs {
   T* grad_features;         // (rows, channels_padded), added to
 };
 
-// local_attention_pool_rows: places [begin, end) of the order, `begin` a multiple of rows_of_tile; returns the
-// flat position of a neighbour out of range, or -1. With AVX-512, what is_narrow is laid out for vectors of 8
-// all the same, and wants no order.
-// local_attention_pool_backward_points: the edges into points [begin, end); adds weight gradients to
-// `weights`.
+// local_attention_pool_rows: places [begin, end) of the order, `begin` a multiple of rows_of_tile; returns
+// the flat position of a neighbour out of range, or -1. With AVX-512, what is_narrow is laid out for vectors
+// of 8 all the same, and wants no order. local_attention_pool_backward_points: the edges into points [begin,
+// end); adds weight gradients to `weights`.
 #define AVATAR_DECLARE_TYPE(T)                                                                           \
   int64_t local_attention_pool_rows(const PoolArgs<T>& args, int64_t begin, int64_t end);                \
   void local_attention_pool_backward_points(const PoolBackwardArgs<T>& args, int64_t begin, int64_t end, \

@@ -286,8 +286,8 @@ class TileScores {
     }
   }
 
-  // What becomes the first rows of the matrix: source(row, p), which gives vectors of channels from p on, times
-  // the factors.
+  // What becomes the first rows of the matrix: source(row, p), which gives vectors of channels from p on,
+  // times the factors.
   template <typename Source>
   void fill_inputs(int64_t width, const Source& source) const {
     using Bits = typename Vectors<T>::Bits;
@@ -298,13 +298,14 @@ class TileScores {
       };
       const Vector<T> factor = has(none()[p / kLanes<T>])       ? Vector<T>{}
                                : has(negative()[p / kLanes<T>]) ? splat(mlp_.slope)
-                                                                 : splat(T(1));
+                                                                : splat(T(1));
       for (int64_t row = 0; row < mapped_; ++row)
         store(inputs_.row(row * width + p), factor * source(row, p));
     }
   }
 
-  // One panel of the matrix: inputs times packed weights (depth, columns), and the rows of those for an excess.
+  // One panel of the matrix: inputs times packed weights (depth, columns), and the rows of those for an
+  // excess.
   void make_matrix(int64_t depth, int64_t column, int64_t columns, const T* packed, T* matrix,
                    int64_t pitch) const {
     const T* inputs = inputs_.get();
@@ -318,8 +319,7 @@ class TileScores {
                            depth, packed, start, done_from(matrix + whole * pitch));
     const int64_t panel = columns - column >= kPanel ? kPanel : kLanes<T>;
     for (int64_t m = 0; m < copied_; ++m) {
-      std::copy_n(packed + depth * column + members_.get()[m] * panel, panel,
-                  matrix + (mapped_ + m) * pitch);
+      std::copy_n(packed + depth * column + members_.get()[m] * panel, panel, matrix + (mapped_ + m) * pitch);
     }
   }
 
@@ -336,11 +336,12 @@ class TileScores {
     for (int64_t column = 0; column < width; column += kPanel) {
       T* matrix = second_.get() + column;
       make_matrix(layer.in, column, width, layer.weight, matrix, width);
-      edge_sums({column, width, matrix, width}, 0, tile_.count(),
-                [bias = layer.bias](int64_t, int64_t c) { return load(bias + c); },
-                [=, out = tile_.hidden(1), slope = mlp_.slope](int64_t row, int64_t c, Vector<T> sum) {
-                  store(out + row * width + c, leaky_relu(sum, slope));
-                });
+      edge_sums(
+          {column, width, matrix, width}, 0, tile_.count(),
+          [bias = layer.bias](int64_t, int64_t c) { return load(bias + c); },
+          [=, out = tile_.hidden(1), slope = mlp_.slope](int64_t row, int64_t c, Vector<T> sum) {
+            store(out + row * width + c, leaky_relu(sum, slope));
+          });
     }
   }
 
@@ -384,8 +385,8 @@ class TileScores {
         continue;
       }
       for (int64_t r = 0; r < rows; ++r) {
-        block_sums<1, kVectors>(block.begin + r, map.column, center, map.matrix, map.pitch, block.terms, terms(b),
-                                values(block) + r, rows, init, done);
+        block_sums<1, kVectors>(block.begin + r, map.column, center, map.matrix, map.pitch, block.terms,
+                                terms(b), values(block) + r, rows, init, done);
       }
     }
   }
