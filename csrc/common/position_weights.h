@@ -139,6 +139,7 @@ class PositionWeights {
   // (rows, 3) with a zero after each point, so that one load takes it whole.
   static Tensor widen(const Tensor& points) {
     Tensor wide = torch::stable::new_empty(points, {points.size(0), 4});
+    advise_huge_pages(wide);
     const T* from = const_data<T>(points);
     T* to = mutable_data<T>(wide);
     torch::stable::parallel_for(0, points.size(0), 1 << 14, [&](int64_t begin, int64_t end) {

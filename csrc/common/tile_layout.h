@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "common/huge_pages.h"
 #include "common/project_rows_simd.h"
 #include "common/tensor.h"
 
@@ -72,6 +73,7 @@ struct TileLayout {
   Tensor project(const Tensor& a, int64_t columns, const std::vector<T>& packed, const T* bias) const {
     const int64_t rows = a.size(0), depth = a.size(1);
     Tensor target = torch::stable::new_empty(a, {rows, columns});
+    advise_huge_pages(target);
     const int64_t grain = std::max<int64_t>(64, 65536 / std::max<int64_t>(1, depth * columns));
     torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
       AVATAR_ISA_CALL_OF(isa, project_rows, end - begin, depth, columns, const_data<T>(a) + begin * depth,
