@@ -17,6 +17,7 @@ from avatar.models.mlp import linear_macs
 from avatar.random import keyed_generator
 from avatar_ops.nearest_sampled import nearest_sampled
 from avatar_ops.nn import EdgeConv, LocalFeatureAggregation
+from avatar_ops.nn.batch_norm import uses_batch_statistics
 from avatar_ops.nn.local_feature_aggregation import LinearNorm
 
 NEGATIVE_SLOPE = 0.2
@@ -249,17 +250,16 @@ class RandLANet(nn.Module):
             points = points.index_select(1, sample)
             skips.append(x)
         x = self.middle.activated(skips.pop(), NEGATIVE_SLOPE)
-        for layer, nearest, skip in zip(
-            self.decoder, reversed(pyramid.nearest), reversed(skips), strict=True
-        ):
+        *decoder, last = zip(self.decoder, reversed(pyramid.nearest), reversed(skips), strict=True)
+        for layer, nearest, skip in decoder:
             x = layer.activated_with(skip, x, nearest, NEGATIVE_SLOPE)
-        if self.head is None:
-            return x
-        if self.training:
-            return self._scores(x)
+        layer, nearest, skip = last
+        if self.head is None or uses_batch_statistics(layer.norm):
+            x = layer.activated_with(skip, x, nearest, NEGATIVE_SLOPE)
+            return x if self.head is None else self._scores(x)
         # In parts that stay in cache from layer to layer.
-        parts = x.flatten(0, 1).split(HEAD_ROWS)
-        return torch.cat([self._scores(part) for part in parts]).view(*x.shape[:2], self.out_channels)
+        parts = layer.activated_parts(skip, x, nearest, HEAD_ROWS, NEGATIVE_SLOPE)
+        return torch.cat([self._scores(part) for part in parts], 1)
 
     def _scores(self, x: Tensor) -> Tensor:
         for layer in self.head:

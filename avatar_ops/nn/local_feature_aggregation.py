@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -40,10 +42,19 @@ class LinearNorm(nn.Module):
         """
         if uses_batch_statistics(self.norm):
             return self.activated(torch.cat([x, rest.index_select(1, places)], -1), negative_slope)
+        return next(self.activated_parts(x, rest, places, max(len(places), 1), negative_slope))
+
+    def activated_parts(
+        self, x: Tensor, rest: Tensor, places: Tensor, rows: int, negative_slope: float
+    ) -> Iterator[Tensor]:
+        """`activated_with` by running statistics, `rows` points after the other."""
         weight, bias = self.running_fold()
         width = x.shape[-1]
         mapped = linear_act(rest, weight[:, width:], bias)
-        return linear_act(x, weight[:, :width], rest=mapped, places=places, negative_slope=negative_slope)
+        for part, place in zip(x.split(rows, 1), places.split(rows), strict=True):
+            yield linear_act(
+                part, weight[:, :width], rest=mapped, places=place, negative_slope=negative_slope
+            )
 
     def running_fold(self) -> tuple[Tensor, Tensor]:
         """`fold` by the running statistics."""
