@@ -25,6 +25,8 @@ ATTENTION = (
     " and not ((noncontiguous or modifies_nothing) and not two-layers)"
     # On the CPU, torch's products per point may depend on it.
     " and not same_bits_for_any_thread_count"
+    # How the CPU's kernels share products among near points.
+    " and not test_tiles_"
 )
 # Images large enough for the form that the CPU has of its own say nothing about these kernels.
 CONVOLUTION = "not plain-tiles and not winograd and not plain-40"
