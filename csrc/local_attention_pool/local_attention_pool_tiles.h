@@ -33,6 +33,7 @@ inline uint32_t sign_bits(typename Vectors<T>::Bits value) {
   return bits;
 }
 
+// For position networks of one or two layers in three dimensions.
 template <typename T>
 class TileScores {
  public:
@@ -40,10 +41,10 @@ class TileScores {
       : args_(args),
         mlp_(args.position),
         tile_(tile),
-        capacity_(args.position.from_center ? tile.capacity() : 0),
+        capacity_(tile.capacity()),
         widest_(args.position.widest),
         most_terms_(kCode + 2 * widest_),
-        most_rows_(capacity_ ? 2 * capacity_ + 2 * most_terms_ : 0),
+        most_rows_(2 * capacity_ + 2 * most_terms_),
         has_majority_(mlp_.slope >= T(1e-3)),
         blocks_(capacity_ + 1),
         signs_(2 * (capacity_ + 2) * (widest_ / kLanes<T>)),
@@ -63,13 +64,14 @@ class TileScores {
     shared_ = false;
     if (tile_.count() == 0) return;
     tile_.start();
-    if (mlp_.depth > 0) tile_.layer(0);
-    shared_ = capacity_ > 0 && first_layer();
-    if (shared_ && mlp_.depth == 2) {
+    tile_.layer(0);
+    shared_ = first_layer();
+    if (mlp_.depth == 1) return;
+    if (shared_) {
       second_layer();
       shared_ = last_layer();
     } else {
-      for (int64_t l = 1; l < mlp_.depth; ++l) tile_.layer(l);
+      tile_.layer(1);
     }
   }
 
