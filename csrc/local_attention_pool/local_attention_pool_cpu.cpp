@@ -106,7 +106,6 @@ std::tuple<Tensor, Tensor> local_attention_pool_cpu(const Tensor& points, const 
     const Isa isa = is_narrow(args) ? current_isa() : pool.layout.isa;
     const int64_t rows = batch * cloud;
     Buffer<int64_t> order;
-    // Shorter vectors gain less than the lists cost.
     if (args.position.from_center && !is_narrow(args) && pool.layout.isa == Isa::avx512) {
       args.by_tiles = follows_neighbors(args, rows);
       // Elsewhere only wide codes are worth going to and fro in memory.

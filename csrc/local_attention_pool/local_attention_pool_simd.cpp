@@ -5,9 +5,9 @@
 
 #include "common/position_tile.h"
 #include "local_attention_pool/local_attention_pool_linear.h"
-#include "local_attention_pool/local_attention_pool_tiles.h"
 #if defined(__AVX512F__)
 #include "local_attention_pool/local_attention_pool_narrow.h"
+#include "local_attention_pool/local_attention_pool_tiles.h"
 #endif
 
 namespace avatar {
@@ -94,50 +94,51 @@ int64_t pool_rows(const PoolArgs<T>& args, int64_t begin, int64_t end) {
                      pool);
   };
 
-  if (!args.by_tiles) {
-    LinearChannels<T> channels(args.position,
-                               args.position.from_neighbor ? args.position.from_center : nullptr, tile);
-    return walk([&] {
-      if (tile.count() > 0) tile.forward();
-      const bool linear = channels.find_each(tile);
-      for (int64_t column = 0; column < args.hidden; column += kPanel) {
-        if (linear) {
-          channels.scores(tile, args.position_weight, column, args.hidden, of_features, scores);
-        } else {
-          product_columns(
-              tile.rows(), args.position.out_padded, column, args.hidden, tile.output(),
-              args.position.out_padded, args.position_weight, of_features,
-              [=](int64_t row, int64_t c, Vector<T> sum) { store(scores + row * kPanel + c - column, sum); });
+#if defined(__AVX512F__)
+  if (args.by_tiles) {
+    TileScores<T> by_tile(args, tile);
+    // Segments go together whose scores stay in the first-level cache.
+    const auto by_parts = [&](const auto& body) {
+      for (int64_t first = 0, last = 0; first < tile.segments(); first = last) {
+        for (last = first + 1; last < tile.segments(); ++last) {
+          if (tile.segment_end(last) - tile.segment_begin(first) > kTileRows) break;
         }
-        attend(0, tile.segments(), column);
+        body(first, last);
+      }
+    };
+    const auto part = [&](int64_t first, int64_t last, int64_t column) {
+      by_tile.scores(first, last, column, of_features, scores);
+      attend(first, last, column);
+    };
+    return walk([&] {
+      by_tile.forward();
+      if (!by_tile.shared()) {
+        return by_parts([&](int64_t first, int64_t last) {
+          for (int64_t column = 0; column < args.hidden; column += kPanel) part(first, last, column);
+        });
+      }
+      for (int64_t column = 0; column < args.hidden; column += kPanel) {
+        by_tile.prepare(column);
+        by_parts([&](int64_t first, int64_t last) { part(first, last, column); });
       }
     });
   }
-
-  TileScores<T> by_tile(args, tile);
-  // Segments go together whose scores stay in the first-level cache.
-  const auto by_parts = [&](const auto& body) {
-    for (int64_t first = 0, last = 0; first < tile.segments(); first = last) {
-      for (last = first + 1; last < tile.segments(); ++last) {
-        if (tile.segment_end(last) - tile.segment_begin(first) > kTileRows) break;
-      }
-      body(first, last);
-    }
-  };
-  const auto part = [&](int64_t first, int64_t last, int64_t column) {
-    by_tile.scores(first, last, column, of_features, scores);
-    attend(first, last, column);
-  };
+#endif
+  LinearChannels<T> channels(args.position, args.position.from_neighbor ? args.position.from_center : nullptr,
+                             tile);
   return walk([&] {
-    by_tile.forward();
-    if (!by_tile.shared()) {
-      return by_parts([&](int64_t first, int64_t last) {
-        for (int64_t column = 0; column < args.hidden; column += kPanel) part(first, last, column);
-      });
-    }
+    if (tile.count() > 0) tile.forward();
+    const bool linear = channels.find_each(tile);
     for (int64_t column = 0; column < args.hidden; column += kPanel) {
-      by_tile.prepare(column);
-      by_parts([&](int64_t first, int64_t last) { part(first, last, column); });
+      if (linear) {
+        channels.scores(tile, args.position_weight, column, args.hidden, of_features, scores);
+      } else {
+        product_columns(
+            tile.rows(), args.position.out_padded, column, args.hidden, tile.output(),
+            args.position.out_padded, args.position_weight, of_features,
+            [=](int64_t row, int64_t c, Vector<T> sum) { store(scores + row * kPanel + c - column, sum); });
+      }
+      attend(0, tile.segments(), column);
     }
   });
 }

@@ -17,7 +17,7 @@ struct PoolArgs {
   const int64_t* neighbors;  // (rows, k) within the cloud, -1 for none
   const int64_t* order;      // (rows,): the rows one after the other; null for 0, 1, ...
   int64_t k, cloud;          // rows per cloud
-  bool by_tiles;             // whether edges of near centres share products
+  bool by_tiles;             // whether edges of near centres share products: AVX-512
   int64_t channels, channels_padded, position_channels, hidden;
   const T* features;  // (rows, channels_padded)
   const T*

@@ -1,4 +1,5 @@
-// Scores of position codes by tiles of edges over which most channels keep their sign. For *_simd.cpp only.
+// Scores of position codes by tiles of edges over which most channels keep their sign. For *_simd.cpp with
+// AVX-512 only: shorter vectors gain less than the lists cost.
 //
 // Before LeakyReLU channel p of edge (i, j) is u_p = o_ip + w_p c with c = [p_i - p_j ; |p_i - p_j|]. With a
 // factor s_p for all edges of a tile, LeakyReLU gives s_p u_p and, to edges of the other sign, an excess. A
@@ -22,11 +23,7 @@ namespace {
 template <typename T>
 inline uint32_t sign_bits(typename Vectors<T>::Bits value) {
   if constexpr (sizeof(T) == 4) {
-#if defined(__AVX512F__)
     return _mm512_mask_cmpgt_epi32_mask(0xffff, (__m512i)(value ^ value), (__m512i)value);
-#elif defined(__AVX2__)
-    return static_cast<uint32_t>(_mm256_movemask_ps((__m256)value));
-#endif
   }
   uint32_t bits = 0;
   for (int64_t lane = 0; lane < kLanes<T>; ++lane) bits |= uint32_t{value[lane] < 0} << lane;
@@ -106,7 +103,7 @@ class TileScores {
   static constexpr int64_t kCode = 4;
   // What finding channels costs, in products of one edge and one channel.
   static constexpr int64_t kFinding = 100;
-  static constexpr int kEdgeRows = kVectorBytes == 64 ? 8 : 4;
+  static constexpr int kEdgeRows = 8;
   // Rows of a product beyond whole ones of kRowBlock.
   static constexpr int kRest = 4;
 
