@@ -68,6 +68,12 @@ inline Register<double> fmadd(Register<double> a, Register<double> b, Register<d
   return masked(~0u, c, [&](int i) { return __builtin_fma(a.lane[i], b.lane[i], c.lane[i]); });
 }
 
+// a 2^floor(b).
+inline Register<float> scale(uint32_t mask, Register<float> a, Register<float> b) {
+  return masked(mask, Register<float>(),
+                [&](int i) { return a.lane[i] * __builtin_exp2f(__builtin_floorf(b.lane[i])); });
+}
+
 template <typename T>
 inline Register<T> add(Register<T> a, Register<T> b) {
   return masked(~0u, a, [&](int i) { return a.lane[i] + b.lane[i]; });
@@ -192,7 +198,10 @@ inline void store(void* target, Register<T> stored) {
 #define _mm512_mask_cmpgt_epi32_mask(mask, a, b) \
   (__mmask16)((mask) & avatar::emulated::compare<_CMP_LT_OQ>(AVATAR_INTS(b), AVATAR_INTS(a)))
 
+#define _mm512_maskz_scalef_ps(mask, a, b) \
+  (__m512) avatar::emulated::scale(mask, AVATAR_FLOATS(a), AVATAR_FLOATS(b))
 #define _mm512_maskz_compress_ps(mask, a) (__m512) avatar::emulated::compress(mask, AVATAR_FLOATS(a))
+#define _mm512_maskz_compress_pd(mask, a) (__m512d) avatar::emulated::compress(mask, AVATAR_DOUBLES(a))
 #define _mm512_maskz_compress_epi32(mask, a) (__m512i) avatar::emulated::compress(mask, AVATAR_INTS(a))
 #define _mm512_maskz_permute_pd(mask, a, control)              \
   (__m512d) avatar::emulated::permute(mask, AVATAR_DOUBLES(a), \

@@ -24,7 +24,9 @@ struct PositionMlp {
   int64_t dims, dims_padded, point_stride;
   const PositionLayer<T>* layers;
   int64_t depth;         // 0: the code itself, 3 dims + 1 numbers
-  const T* center_part;  // (rows, out of the first layer): (W_a + W_b) p + b
+  const T* center_part;  // (rows, out of the first layer): (W_a + W_b) p + b; or null
+  // Of the first layer as rows (dims, out): W_a + W_b.
+  const T* center_weight;
   // Of the first layer as rows (dims + 1, out), relative to the centre: W_c - W_b and w_d; relative to the
   // neighbour, whose z has its own centre's part: W_a + W_c and w_d. Null but for three dimensions and one
   // layer, the former also for two.

@@ -23,7 +23,7 @@ class PositionTile {
   PositionTile(const PositionMlp<T>& mlp, int64_t least_rows)
       : mlp_(mlp),
         capacity_(round_up(std::max(kTileRows, least_rows), kRowBlock)),
-        room_(capacity_ + kRowBlock),
+        room_(capacity_ + std::max<int64_t>(kRowBlock, kLanes<T>)),
         indices_(6 * room_ + 1),
         code_(room_ * (mlp.code_padded + 1)),
         hidden_(room_ * mlp.hidden_sum) {
@@ -59,6 +59,22 @@ class PositionTile {
     indices_.get()[room_ + count_] = neighbor;
     indices_.get()[2 * room_ + count_++] = edge;
   }
+  // The edges of one row, all of whose neighbours count from `base`.
+  void add_row(int64_t center, int64_t base, const int64_t* neighbors, int64_t k, int64_t edge) {
+    int64_t* target = indices_.row(count_);
+    for (int64_t slot = 0; slot < k; ++slot) target[slot] = center;
+    for (int64_t slot = 0; slot < k; ++slot) target[room_ + slot] = base + neighbors[slot];
+    for (int64_t slot = 0; slot < k; ++slot) target[2 * room_ + slot] = edge + slot;
+    count_ += k;
+  }
+  // Repeats the last edge, so that whole blocks of rows and whole vectors of edges are there.
+  void fill_up() {
+    for (int64_t row = count_; row < count_ + room_ - capacity_; ++row) {
+      indices_.get()[row] = center(count_ - 1);
+      indices_.get()[room_ + row] = neighbor(count_ - 1);
+      indices_.get()[5 * room_ + 1 + row] = center(count_ - 1);
+    }
+  }
 
   // What comes out of layer l; without layers, the code itself.
   T* hidden(int64_t layer) const {
@@ -70,11 +86,7 @@ class PositionTile {
 
   // What the edges are from; without layers, output() as well.
   void start() {
-    for (int64_t row = count_; row < count_ + kRowBlock; ++row) {
-      indices_.get()[row] = center(count_ - 1);
-      indices_.get()[room_ + row] = neighbor(count_ - 1);
-      indices_.get()[5 * room_ + 1 + row] = center(count_ - 1);
-    }
+    fill_up();
     geometry();
     if (mlp_.depth == 0) whole_code();
   }
@@ -233,6 +245,9 @@ inline int64_t walk_rows(PositionTile<T>& tile, const int64_t* neighbors, int64_
                          const int64_t* order, int64_t begin, int64_t end, int64_t most_rows,
                          const Ahead& ahead, const Body& body) {
   const int64_t distance = std::max<int64_t>(1, kTileRows / std::max<int64_t>(k, 1));
+  const auto is_inside = [=](int64_t neighbor) {
+    return static_cast<uint64_t>(neighbor) < static_cast<uint64_t>(cloud);
+  };
   for (int64_t place = begin; place < end;) {
     tile.clear();
     const int64_t first = place;
@@ -243,12 +258,18 @@ inline int64_t walk_rows(PositionTile<T>& tile, const int64_t* neighbors, int64_
         const int64_t next = order ? order[place + distance] : place + distance;
         const int64_t next_base = next / cloud * cloud;
         for (int64_t edge = next * k; edge < (next + 1) * k; ++edge) {
-          if (neighbors[edge] >= 0 && neighbors[edge] < cloud) ahead(next_base + neighbors[edge]);
+          if (is_inside(neighbors[edge])) ahead(next_base + neighbors[edge]);
         }
+      }
+      uint64_t outside = 0;
+      for (int64_t edge = row * k; edge < (row + 1) * k; ++edge) outside |= !is_inside(neighbors[edge]);
+      if (!outside) {
+        tile.add_row(row, base, neighbors + row * k, k, row * k);
+        continue;
       }
       for (int64_t edge = row * k; edge < (row + 1) * k; ++edge) {
         if (neighbors[edge] == -1) continue;
-        if (neighbors[edge] < 0 || neighbors[edge] >= cloud) return edge;
+        if (!is_inside(neighbors[edge])) return edge;
         tile.add(row, base + neighbors[edge], edge);
       }
     }

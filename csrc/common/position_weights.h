@@ -45,10 +45,10 @@ class PositionWeights {
     mlp_.layers = layers_.data();
     mlp_.out_padded = layers_.back().out;
     const int64_t out = layers_[0].out;
-    const auto both =
-        layout_.pack(dims, out, [&](int64_t d, int64_t o) { return at(0, o, d) + at(0, o, dims + d); });
-    center_part_ = layout_.project(points, out, both, layers_[0].bias);
-    mlp_.center_part = const_data<T>(*center_part_);
+    for (int64_t d = 0; d < dims; ++d) {
+      for (int64_t o = 0; o < out; ++o) center_weight_.push_back(at(0, o, d) + at(0, o, dims + d));
+    }
+    mlp_.center_weight = center_weight_.data();
     if (dims == 3) {
       for (int64_t d = 0; d <= dims; ++d) {
         for (int64_t o = 0; o < out; ++o) {
@@ -68,6 +68,14 @@ class PositionWeights {
   PositionWeights& operator=(const PositionWeights&) = delete;
 
   const PositionMlp<T>& mlp() const { return mlp_; }
+  // What kernels want that do not make it themselves: mlp().center_part.
+  void add_center_part() {
+    if (depth_ == 0 || center_part_) return;
+    const int64_t out = layers_[0].out;
+    const auto packed = layout_.pack(mlp_.dims, out, [&](int64_t d, int64_t o) { return center_weight_[d * out + o]; });
+    center_part_ = layout_.project(points_, out, packed, layers_[0].bias);
+    mlp_.center_part = const_data<T>(*center_part_);
+  }
   int64_t width() const { return depth_ ? weights_.back().size(0) : 3 * mlp_.dims + 1; }
   // Numbers in a block of this network's weight gradients.
   int64_t gradient_size() const { return gradient_size_; }
@@ -161,7 +169,7 @@ class PositionWeights {
   std::vector<const T*> weight_data_;
   std::vector<PositionLayer<T>> layers_;
   std::vector<std::vector<T>> packed_;
-  std::vector<T> to_neighbor_, from_center_, from_neighbor_;
+  std::vector<T> to_neighbor_, center_weight_, from_center_, from_neighbor_;
   std::optional<Tensor> center_part_, widened_points_;
 };
 

@@ -85,7 +85,7 @@ template <>
 struct Numbers<float> {
   static constexpr float round = 12582912.f + 127.f, ln2_high = 0.693147181f, ln2_low = 0.f;
   static constexpr float log2e = 1.44269504f, least = -88.02f;
-  static constexpr int mantissa = 23, log_terms = 5;
+  static constexpr int mantissa = 23, bias = 127, log_terms = 5;
   static constexpr float exp[] = {0.00829030573f, 0.0418979749f, 0.166676372f,
                                   0.499991506f,   0.999999702f,  1.f};
 };
@@ -94,11 +94,20 @@ struct Numbers<double> {
   static constexpr double round = 6755399441055744. + 1023., ln2_high = 0x1.62e42fefap-1,
                           ln2_low = 0x1.cf79abc9e3b3ap-40;
   static constexpr double log2e = 1.4426950408889634, least = -709.08;
-  static constexpr int mantissa = 52, log_terms = 11;
+  static constexpr int mantissa = 52, bias = 1023, log_terms = 11;
   static constexpr double exp[] = {
       1. / 6227020800, 1. / 479001600, 1. / 39916800, 1. / 3628800, 1. / 362880, 1. / 40320, 1. / 5040,
       1. / 720,        1. / 120,       1. / 24,       1. / 6,       1. / 2,      1.,         1.};
 };
+
+// exp(r) times the power of two that Numbers<T>::round left in `shifted`.
+template <typename T>
+inline Vector<T> exp_of_parts(Vector<T> r, Vector<T> shifted) {
+  using N = Numbers<T>;
+  Vector<T> value = splat<T>(N::exp[0]);
+  for (unsigned i = 1; i < sizeof(N::exp) / sizeof(T); ++i) value = value * r + N::exp[i];
+  return value * (Vector<T>)((typename Vectors<T>::Bits)shifted << N::mantissa);
+}
 
 // exp(x) for x <= 0; 0 below the normal numbers; NaN stays NaN.
 template <typename T>
@@ -110,19 +119,33 @@ inline Vector<T> exp_nonpositive(Vector<T> x) {
   const Vector<T> power = shifted - N::round;
   Vector<T> r = x - power * N::ln2_high;
   if constexpr (N::ln2_low != 0) r -= power * N::ln2_low;
-  Vector<T> value = splat<T>(N::exp[0]);
-  for (unsigned i = 1; i < sizeof(N::exp) / sizeof(T); ++i) value = value * r + N::exp[i];
-  return value * (Vector<T>)((typename Vectors<T>::Bits)shifted << N::mantissa);
+  return exp_of_parts<T>(r, shifted);
+}
+
+// 2^x for x <= 0; 0 below the normal numbers; NaN stays NaN.
+template <typename T>
+inline Vector<T> exp2_nonpositive(Vector<T> x) {
+  using N = Numbers<T>;
+  const Vector<T> least = splat<T>(T(-N::bias));
+  x = least > x ? least : x;
+  const Vector<T> shifted = x + N::round;
+  return exp_of_parts<T>((x - (shifted - N::round)) * (N::ln2_high + N::ln2_low), shifted);
 }
 
 #if defined(__AVX512F__)
-// The bits after the leading one of 2^(i / 32).
-alignas(64) constexpr uint32_t kExpFractions[32] = {
-    0x000000, 0x02cd87, 0x05aac3, 0x08980f, 0x0b95c2, 0x0ea43a, 0x11c3d3, 0x14f4f0,
-    0x1837f0, 0x1b8d3a, 0x1ef532, 0x227043, 0x25fed7, 0x29a15b, 0x2d583f, 0x3123f6,
-    0x3504f3, 0x38fbaf, 0x3d08a4, 0x412c4d, 0x45672a, 0x49b9be, 0x4e248c, 0x52a81e,
-    0x5744fd, 0x5bfbb8, 0x60ccdf, 0x65b907, 0x6ac0c7, 0x6fe4ba, 0x75257d, 0x7a83b3,
+// 2^(i / 32) as bits.
+alignas(64) constexpr uint32_t kExp2Steps[32] = {
+    0x3f800000, 0x3f82cd87, 0x3f85aac3, 0x3f88980f, 0x3f8b95c2, 0x3f8ea43a, 0x3f91c3d3, 0x3f94f4f0,
+    0x3f9837f0, 0x3f9b8d3a, 0x3f9ef532, 0x3fa27043, 0x3fa5fed7, 0x3fa9a15b, 0x3fad583f, 0x3fb123f6,
+    0x3fb504f3, 0x3fb8fbaf, 0x3fbd08a4, 0x3fc12c4d, 0x3fc5672a, 0x3fc9b9be, 0x3fce248c, 0x3fd2a81e,
+    0x3fd744fd, 0x3fdbfbb8, 0x3fe0ccdf, 0x3fe5b907, 0x3feac0c7, 0x3fefe4ba, 0x3ff5257d, 0x3ffa83b3,
 };
+
+// By the lowest five bits.
+inline Vectors<float>::Bits exp2_step(Vectors<float>::Bits steps) {
+  return (Vectors<float>::Bits)_mm512_permutex2var_epi32(_mm512_load_si512(kExp2Steps), (__m512i)steps,
+                                                         _mm512_load_si512(kExp2Steps + 16));
+}
 
 // The same with 32 steps of the exponent by a table, which leaves a polynomial of degree 2: half the
 // multiplications. Errors below 5e-7, above -10 below 2.5e-7; what lies below the normal numbers may come out
@@ -130,8 +153,7 @@ alignas(64) constexpr uint32_t kExpFractions[32] = {
 template <>
 inline Vector<float> exp_nonpositive<float>(Vector<float> x) {
   using Bits = Vectors<float>::Bits;
-  // The exponent's bias in steps of 1/32 on top of what rounds.
-  constexpr float round = 12582912.f + 32 * 127, least = -88.02f, steps = 46.1662413f;
+  constexpr float round = 12582912.f, least = -88.02f, steps = 46.1662413f;
   // Least relative error with exp(0) = 1.
   constexpr float linear = 1.00001466f;
   const __m512 limited = _mm512_maskz_max_ps(0xffff, _mm512_set1_ps(least), (__m512)x);
@@ -140,16 +162,28 @@ inline Vector<float> exp_nonpositive<float>(Vector<float> x) {
       _mm512_fmadd_ps(round - shifted, _mm512_set1_ps(Numbers<float>::ln2_high / 32), limited);
   const Vector<float> value = (r * 0.5f + linear) * r + 1.f;
   const Bits step = (Bits)shifted;
-  const Bits fraction = (Bits)_mm512_permutex2var_epi32(_mm512_load_si512(kExpFractions), (__m512i)step,
-                                                        _mm512_load_si512(kExpFractions + 16));
-  return value * (Vector<float>)(((step << 18) & static_cast<int32_t>(0xff800000)) | fraction);
+  return value * (Vector<float>)(((step << 18) & static_cast<int32_t>(0xff800000)) + exp2_step(step));
+}
+
+// 2^x for finite x, in steps of 1/32 by the same table: infinite from 128 on, 0 below -150; NaN for what is
+// not finite.
+inline Vector<float> exp2_finite(Vector<float> x) {
+  constexpr float round = 12582912.f / 32;
+  const Vector<float> shifted = x + round, power = shifted - round, r = x - power;
+  const Vector<float> value = (r * 0.240226507f + 0.693157343f) * r + 1.f;
+  const Vector<float> scaled = value * (Vector<float>)exp2_step((Vectors<float>::Bits)shifted);
+  return _mm512_maskz_scalef_ps(0xffff, (__m512)scaled, (__m512)power);
+}
+
+template <>
+inline Vector<float> exp2_nonpositive<float>(Vector<float> x) {
+  return exp2_finite(_mm512_maskz_max_ps(0xffff, _mm512_set1_ps(-151.f), (__m512)x));
 }
 #endif
 
-// log(x) for normal x >= 1: the series of 2 artanh((m - 1) / (m + 1)) on the mantissa m in [sqrt(1/2),
-// sqrt(2)).
+// log(x) for normal x > 0: the series of 2 artanh((m - 1) / (m + 1)) on the mantissa m in [sqrt(1/2), sqrt(2)).
 template <typename T>
-inline Vector<T> log_from_one(Vector<T> x) {
+inline Vector<T> log_positive(Vector<T> x) {
   using N = Numbers<T>;
   using Bits = typename Vectors<T>::Bits;
   // Adding 1 - sqrt(1/2) to the mantissa carries into the exponent from sqrt(2) on.
@@ -163,6 +197,12 @@ inline Vector<T> log_from_one(Vector<T> x) {
   const Vector<T> power = __builtin_convertvector(exponent, Vector<T>);
   const Vector<T> result = power * N::ln2_high + (power * N::ln2_low + T(2) * s * series);
   return x == x ? result : x;
+}
+
+// log(2^power x).
+template <typename T>
+inline Vector<T> natural_log(Vector<T> power, Vector<T> x) {
+  return power * Numbers<T>::ln2_high + (power * Numbers<T>::ln2_low + log_positive<T>(x));
 }
 
 // 64-byte aligned working memory.

@@ -25,7 +25,8 @@ std::tuple<Tensor, Tensor, Tensor> edge_moments_cpu(const Tensor& points_in, con
   dispatch_compute(points.scalar_type(), "edge_moments", [&](auto zero) {
     using T = decltype(zero);
     const TileLayout<T> layout{current_isa()};
-    const PositionWeights<T> position(layout, points, weight, bias, negative_slope);
+    PositionWeights<T> position(layout, points, weight, bias, negative_slope);
+    position.add_center_part();
     const EdgeMomentsArgs<T> args{position.mlp(), const_data<int64_t>(neighbors), k, cloud};
     const int64_t width = args.position.out_padded, size = width * (width + 1);
     // Blocks of rows do not depend on the number of threads, nor does the order in which they are merged.
@@ -80,7 +81,8 @@ std::tuple<Tensor, std::vector<Tensor>> edge_moments_backward_cpu(
     bad.report(first_bad_neighbor(const_data<int64_t>(neighbors), batch * cloud * neighbors.size(2), cloud));
     raise_bad_neighbor(bad, "edge_moments_backward", neighbors, cloud);
     const TileLayout<T> layout{current_isa()};
-    const PositionWeights<T> position(layout, points, weight, bias, negative_slope);
+    PositionWeights<T> position(layout, points, weight, bias, negative_slope);
+    position.add_center_part();
     const int64_t width = position.mlp().out_padded;
     std::vector<T> mean(width, T(0)), constant(width, T(0));
     for (int64_t i = 0; i < channels; ++i) {

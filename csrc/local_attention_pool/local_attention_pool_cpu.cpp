@@ -8,6 +8,8 @@
 namespace avatar {
 namespace {
 
+constexpr double kLog2E = 1.4426950408889634;
+
 // (B, N, C) as (B * N, C).
 Tensor flat(const Tensor& tensor) {
   return torch::stable::view(tensor, {tensor.size(0) * tensor.size(1), tensor.size(2)});
@@ -20,12 +22,12 @@ struct Pool {
   const int64_t channels, position_channels, channels_padded, position_padded, hidden;
   const Tensor points, features, neighbors, score_weight;
   const T* scores;  // those of score_weight
-  const PositionWeights<T> position;
+  PositionWeights<T> position;
   std::vector<T> feature_weight, position_weight;
 
   Pool(const Tensor& points_in, const Tensor& features_in, const Tensor& neighbors_in,
        const std::vector<Tensor>& weights, const std::vector<Tensor>& biases, const Tensor& score_weight_in,
-       double slope)
+       double slope, double score_factor = 1)
       : layout(TileLayout<T>::of(widths(features_in, weights))),
         channels(features_in.size(2)),
         position_channels(weights.back().size(0)),
@@ -38,9 +40,12 @@ struct Pool {
         score_weight(to_compute(score_weight_in)),
         scores(const_data<T>(score_weight)),
         position(layout, points, weights, biases, slope) {
-    feature_weight = layout.pack(channels_padded, hidden, [&](int64_t c, int64_t q) { return at(q, c); });
-    position_weight = layout.pack(position_padded, hidden,
-                                  [&](int64_t p, int64_t q) { return at(q, channels_padded + p); });
+    const T factor = static_cast<T>(score_factor);
+    feature_weight =
+        layout.pack(channels_padded, hidden, [&](int64_t c, int64_t q) { return factor * at(q, c); });
+    position_weight = layout.pack(position_padded, hidden, [&](int64_t p, int64_t q) {
+      return factor * at(q, channels_padded + p);
+    });
   }
 
   static std::vector<int64_t> widths(const Tensor& features, const std::vector<Tensor>& weights) {
@@ -94,8 +99,8 @@ std::tuple<Tensor, Tensor> local_attention_pool_cpu(const Tensor& points, const 
   FirstBad bad;
   dispatch_compute(type, "local_attention_pool", [&](auto zero) {
     using T = decltype(zero);
-    const Pool<T> pool(points, features, neighbors, position_weight, position_bias, score_weight,
-                       negative_slope);
+    Pool<T> pool(points, features, neighbors, position_weight, position_bias, score_weight, negative_slope,
+                 kLog2E);
     const Tensor scores =
         pool.layout.project(pool.features, pool.hidden, pool.feature_weight, static_cast<const T*>(nullptr));
     PoolArgs<T> args = pool.args();
@@ -115,6 +120,10 @@ std::tuple<Tensor, Tensor> local_attention_pool_cpu(const Tensor& points, const 
       }
     }
     args.order = order.get();
+    if (!args.by_tiles && !(is_narrow(args) && isa == Isa::avx512)) {
+      pool.position.add_center_part();
+      args.position = pool.position.mlp();
+    }
     const int64_t step = rows_of_tile(args), tiles = (rows + step - 1) / step;
     torch::stable::parallel_for(0, tiles, (grain + step - 1) / step, [&](int64_t begin, int64_t end) {
       bad.report(
@@ -141,8 +150,8 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> local_attention_pool_bac
   std::vector<Tensor> grad_position;
   dispatch_compute(type, "local_attention_pool_backward", [&](auto zero) {
     using T = decltype(zero);
-    const Pool<T> pool(points, features, neighbors, position_weight, position_bias, score_weight,
-                       negative_slope);
+    Pool<T> pool(points, features, neighbors, position_weight, position_bias, score_weight, negative_slope);
+    pool.position.add_center_part();
     FirstBad bad;
     bad.report(
         first_bad_neighbor(const_data<int64_t>(pool.neighbors), batch * cloud * neighbors.size(2), cloud));

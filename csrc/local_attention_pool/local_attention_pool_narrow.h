@@ -6,11 +6,10 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
-#include <limits>
 #include <type_traits>
 
 #include "common/tile_product.h"
+#include "local_attention_pool/local_attention_pool_edges.h"
 #include "local_attention_pool/local_attention_pool_simd.h"
 
 namespace avatar {
@@ -18,8 +17,6 @@ namespace AVATAR_ISA {
 namespace {
 
 constexpr int kHalf = 8;
-typedef float Half __attribute__((vector_size(kHalf * sizeof(float)), aligned(4), may_alias));
-typedef float Quad __attribute__((vector_size(4 * sizeof(float)), aligned(4), may_alias));
 
 inline Half half(const float* source) {
   return *reinterpret_cast<const Half*>(source);
@@ -71,55 +68,10 @@ class NarrowRows {
     }
   }
 
-  // Lane 4 i + r of number c is number c of the point of edge 4 i + r, for 16 edges.
-  static void load_points(const float* points, const int64_t* edges, Vector<float> (&axes)[3]) {
-    const auto quad = [=](int e) { return *reinterpret_cast<const Quad*>(points + 4 * edges[e]); };
-    Vector<float> rows[4];
-    for (int r = 0; r < 4; ++r) {
-      const Half low = __builtin_shufflevector(quad(r), quad(4 + r), 0, 1, 2, 3, 4, 5, 6, 7);
-      const Half high = __builtin_shufflevector(quad(8 + r), quad(12 + r), 0, 1, 2, 3, 4, 5, 6, 7);
-      rows[r] = both(low, high);
-    }
-    const Vector<float> low0 = unpack<0>(rows[0], rows[1]), low1 = unpack<0>(rows[2], rows[3]);
-    const Vector<float> high0 = unpack<2>(rows[0], rows[1]), high1 = unpack<2>(rows[2], rows[3]);
-    axes[0] = pairs<0>(low0, low1);
-    axes[1] = pairs<2>(low0, low1);
-    axes[2] = pairs<0>(high0, high1);
-  }
-  static Vector<float> both(Half low, Half high) {
-    return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  }
-  // From each four lanes of a and b in turn: lanes k and k + 1 one after the other, and as they are.
-  template <int k>
-  static Vector<float> unpack(Vector<float> a, Vector<float> b) {
-    return __builtin_shufflevector(a, b, k, k + 16, k + 1, k + 17, k + 4, k + 20, k + 5, k + 21, k + 8,
-                                   k + 24, k + 9, k + 25, k + 12, k + 28, k + 13, k + 29);
-  }
-  template <int k>
-  static Vector<float> pairs(Vector<float> a, Vector<float> b) {
-    return __builtin_shufflevector(a, b, k, k + 1, k + 16, k + 17, k + 4, k + 5, k + 20, k + 21, k + 8, k + 9,
-                                   k + 24, k + 25, k + 12, k + 13, k + 28, k + 29);
-  }
-
   // p_i - p_j and |p_i - p_j| of the row's edges, number by number.
   void find_codes(int64_t row, int64_t count) const {
-    const float* points = args_.position.points;
-    const float* center = points + 4 * row;
     for (int64_t e = count; e < round_up(count, kLanes<float>); ++e) points_.get()[e] = row;
-    for (int64_t e = 0; e < count; e += kLanes<float>) {
-      Vector<float> axes[3];
-      load_points(points, points_.row(e), axes);
-      float distances[kLanes<float>];
-      Vector<float> squared{};
-      for (int d = 0; d < 3; ++d) {
-        const Vector<float> difference = splat(center[d]) - axes[d];
-        store(codes_.row(d * most_ + e), difference);
-        squared = d == 0 ? difference * difference : squared + difference * difference;
-      }
-      store(distances, squared);
-      for (float& distance : distances) distance = std::sqrt(distance);
-      store(codes_.row(3 * most_ + e), load(distances));
-    }
+    edge_codes(args_.position.points, row, points_.get(), count, most_, codes_.get());
   }
 
   // body(constant number of edges, first edge) for all of them, several at a time, whose sums do not wait for
@@ -140,7 +92,8 @@ class NarrowRows {
     const auto finish = [=](int64_t e, Half positions) {
       store(values + kLanes<float> * e, both(half(features + kHalf * points[e]), positions));
     };
-    const Half own = half(mlp.center_part + row * kHalf);
+    Half own = half(mlp.layers[0].bias);
+    for (int d = 0; d < 3; ++d) own += mlp.points[4 * row + d] * half(mlp.center_weight + d * kHalf);
     by_blocks(count, [=, weight = mlp.layers[0].weight, slope = mlp.slope, last = mlp.depth == 1](auto rows,
                                                                                                   int64_t e) {
       Half sums[rows];
@@ -170,13 +123,11 @@ class NarrowRows {
     });
   }
 
-  // The edges' scores, and the largest.
-  Vector<float> find_scores(int64_t count) const {
-    Vector<float> largest = splat(-std::numeric_limits<float>::infinity());
+  void find_scores(int64_t count) const {
     const int64_t* points = points_.get();
     const float *features = args_.scores, *values = values_.get();
     float* scores = scores_.get();
-    by_blocks(count, [=, &largest, weight = args_.position_weight](auto rows, int64_t e) {
+    by_blocks(count, [=, weight = args_.position_weight](auto rows, int64_t e) {
       const float* positions = values + kLanes<float> * e + kHalf;
       Vector<float> sums[rows];
       for (int r = 0; r < rows; ++r) sums[r] = load(features + kLanes<float> * points[e + r]);
@@ -185,27 +136,38 @@ class NarrowRows {
         const Vector<float> right = load(weight + p * kLanes<float>);
         for (int r = 0; r < rows; ++r) sums[r] += splat(positions[kLanes<float> * r + p]) * right;
       }
-      for (int r = 0; r < rows; ++r) {
-        store(scores + kLanes<float> * (e + r), sums[r]);
-        largest = larger<float>(sums[r], largest);
-      }
+      for (int r = 0; r < rows; ++r) store(scores + kLanes<float> * (e + r), sums[r]);
     });
-    return largest;
+  }
+
+  // The sums of weights, each weight_of(score), and of what they weigh.
+  template <typename WeightOf>
+  void weigh(int64_t count, const WeightOf& weight_of, Vector<float>& sum, Vector<float>& pooled) const {
+    sum = pooled = Vector<float>{};
+    for (int64_t e = 0; e < count; ++e) {
+      const Vector<float> weight = weight_of(load(scores_.row(kLanes<float> * e)));
+      sum += weight;
+      pooled += weight * load(values_.row(kLanes<float> * e));
+    }
   }
 
   void pool(int64_t row, int64_t count) const {
     find_values(row, count);
-    const Vector<float> largest = find_scores(count);
-    Vector<float> pooled = {}, sum = {};
-    for (int64_t e = 0; e < count; ++e) {
-      const Vector<float> weight = exp_nonpositive<float>(load(scores_.row(kLanes<float> * e)) - largest);
-      sum += weight;
-      pooled += weight * load(values_.row(kLanes<float> * e));
-    }
-    Vector<float> statistic = {};
+    find_scores(count);
+    Vector<float> pooled{}, statistic{};
     if (count > 0) {
+      Vector<float> sum, largest{};
+      weigh(count, [](Vector<float> score) { return exp2_finite(score); }, sum, pooled);
+      if (!is_moderate(sum, pooled)) {
+        largest = load(scores_.get());
+        for (int64_t e = 1; e < count; ++e)
+          largest = larger<float>(load(scores_.row(kLanes<float> * e)), largest);
+        weigh(
+            count, [=](Vector<float> score) { return exp2_nonpositive<float>(score - largest); }, sum,
+            pooled);
+      }
       pooled /= sum;
-      if (args_.statistics) statistic = largest + log_from_one<float>(sum);
+      if (args_.statistics) statistic = natural_log<float>(largest, sum);
     }
     write(args_.pooled, row, pooled);
     if (args_.statistics) write(args_.statistics, row, statistic);

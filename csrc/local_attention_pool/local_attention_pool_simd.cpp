@@ -29,11 +29,29 @@ void attend_column(const PoolArgs<T>& args, const PositionTile<T>& tile, int64_t
   scores -= tile.segment_begin(first) * stride;
   for (int64_t s = first; s < last; ++s) {
     const int64_t begin = tile.segment_begin(s), end = tile.segment_end(s);
-    Vector<T> pooled{}, statistic{};
-    if (begin < end) {
-      // Two of each, as one would wait for itself.
-      const T* score = scores + begin * stride;
-      Vector<T> largest = load(score), other_largest = largest, sum{}, other_sum{}, other_pooled{};
+    Vector<T> sum{}, pooled{}, largest{};
+    // Sums of weights, each weight_of(score), and of what they weigh: two of each, as one would wait for
+    // itself.
+    const auto weigh = [&](const auto& weight_of) {
+      Vector<T> other_sum{}, other_pooled{};
+      sum = pooled = Vector<T>{};
+      const auto add = [&](int64_t row, Vector<T>& to_sum, Vector<T>& to_pooled) {
+        const Vector<T> weight = weight_of(load(scores + row * stride));
+        to_sum += weight;
+        to_pooled += weight * load(values + (kFeature ? neighbors[row] : row) * row_stride);
+      };
+      int64_t row = begin;
+      for (; row + 1 < end; row += 2) {
+        add(row, sum, pooled);
+        add(row + 1, other_sum, other_pooled);
+      }
+      if (row < end) add(row, sum, pooled);
+      sum += other_sum;
+      pooled += other_pooled;
+    };
+    const auto weigh_below_largest = [&] {
+      largest = load(scores + begin * stride);
+      Vector<T> other_largest = largest;
       int64_t row = begin + 1;
       for (; row + 1 < end; row += 2) {
         largest = larger<T>(load(scores + row * stride), largest);
@@ -41,23 +59,27 @@ void attend_column(const PoolArgs<T>& args, const PositionTile<T>& tile, int64_t
       }
       if (row < end) largest = larger<T>(load(scores + row * stride), largest);
       largest = larger<T>(other_largest, largest);
-      const auto add = [&](int64_t row, Vector<T>& to_sum, Vector<T>& to_pooled) {
-        const Vector<T> weight = exp_nonpositive<T>(load(scores + row * stride) - largest);
-        to_sum += weight;
-        to_pooled += weight * load(values + (kFeature ? neighbors[row] : row) * row_stride);
-      };
-      for (row = begin; row + 1 < end; row += 2) {
-        add(row, sum, pooled);
-        add(row + 1, other_sum, other_pooled);
+      weigh([&](Vector<T> score) { return exp2_nonpositive<T>(score - largest); });
+    };
+    if (begin < end) {
+#if defined(__AVX512F__)
+      if constexpr (std::is_same_v<T, float>) {
+        weigh([](Vector<T> score) { return exp2_finite(score); });
+        if (!is_moderate(sum, pooled)) weigh_below_largest();
+      } else {
+        weigh_below_largest();
       }
-      if (row < end) add(row, sum, pooled);
-      sum += other_sum;
-      pooled = (pooled + other_pooled) / sum;
-      if (args.statistics) statistic = largest + log_from_one<T>(sum);
+#else
+      weigh_below_largest();
+#endif
+      pooled /= sum;
     }
     const int64_t position = tile.segment_point(s) * width + target;
     store_some(args.pooled + position, pooled, valid);
-    if (args.statistics) store_some(args.statistics + position, statistic, valid);
+    if (args.statistics) {
+      const Vector<T> statistic = begin < end ? natural_log<T>(largest, sum) : Vector<T>{};
+      store_some(args.statistics + position, statistic, valid);
+    }
   }
 }
 
@@ -169,8 +191,9 @@ void unpool_column(const PoolBackwardArgs<T>& args, const PositionTile<T>& tile,
     Vector<T> score_sum{}, feature_sum{};
     for (int64_t row = tile.segment_begin(s); row < end; ++row) {
       const int64_t center = centers[row] * hidden;
-      const Vector<T> attention =
-          exp_nonpositive<T>(load(scores + row * score_stride) - load(statistics + center));
+      // Above zero by rounding alone, but by much where scores are large.
+      const Vector<T> logarithm = load(scores + row * score_stride) - load(statistics + center);
+      const Vector<T> attention = exp_nonpositive<T>(logarithm > T(0) ? Vector<T>{} : logarithm);
       const Vector<T> weighted = attention * load(grad + center);
       const Vector<T> value = load(values + (kFeature ? neighbors[row] : row) * row_stride);
       const Vector<T> gradient = weighted * (value - load(pooled + center));

@@ -13,6 +13,7 @@
 #include <cstdint>
 
 #include "common/position_tile.h"
+#include "local_attention_pool/local_attention_pool_edges.h"
 #include "local_attention_pool/local_attention_pool_simd.h"
 
 namespace avatar {
@@ -30,6 +31,14 @@ inline uint32_t sign_bits(typename Vectors<T>::Bits value) {
   return bits;
 }
 
+// The lanes of the mask, moved together.
+inline Vector<float> compress(uint32_t mask, Vector<float> value) {
+  return _mm512_maskz_compress_ps(mask, (__m512)value);
+}
+inline Vector<double> compress(uint32_t mask, Vector<double> value) {
+  return _mm512_maskz_compress_pd(mask, (__m512d)value);
+}
+
 // For position networks of one or two layers in three dimensions.
 template <typename T>
 class TileScores {
@@ -40,19 +49,24 @@ class TileScores {
         tile_(tile),
         capacity_(tile.capacity()),
         widest_(args.position.widest),
-        most_terms_(kCode + 2 * widest_),
+        most_terms_(2 * widest_),
         most_rows_(2 * capacity_ + 2 * most_terms_),
+        code_stride_(capacity_ + kLanes<T>),
+        value_stride_(most_terms_ + kLanes<T>),
         has_majority_(mlp_.slope >= T(1e-3)),
-        blocks_(capacity_ + 1),
-        signs_(2 * (capacity_ + 2) * (widest_ / kLanes<T>)),
+        blocks_(capacity_),
+        signs_(2 * (capacity_ + 1) * vectors(widest_)),
         places_(widest_),
-        terms_((capacity_ + 1) * most_terms_),
-        values_(capacity_ * most_terms_),
+        terms_(capacity_ * most_terms_),
+        codes_(kCode * code_stride_),
+        values_((capacity_ + kEdgeRows) * value_stride_),
+        factors_(3 * widest_),
         members_(most_rows_),
         inputs_((capacity_ + kRest) * widest_),
         second_((most_rows_ + kRest) * widest_),
         matrix_((most_rows_ + kRest) * kPanel) {
     std::fill_n(inputs_.get(), (capacity_ + kRest) * widest_, T(0));
+    std::fill_n(codes_.get(), kCode * code_stride_, T(0));
     for (int64_t lane = 0; lane < kLanes<T>; ++lane) lane_bits_[lane] = 1 << lane;
   }
 
@@ -60,13 +74,14 @@ class TileScores {
   void forward() {
     shared_ = false;
     if (tile_.count() == 0) return;
-    tile_.start();
-    tile_.layer(0);
-    shared_ = first_layer();
+    tile_.fill_up();
+    find_edges();
+    first_layer();
+    shared_ = shares_first();
     if (mlp_.depth == 1) return;
     if (shared_) {
       second_layer();
-      shared_ = last_layer();
+      shared_ = shares_last();
     } else {
       tile_.layer(1);
     }
@@ -93,8 +108,8 @@ class TileScores {
           [=](int64_t row, int64_t c, Vector<T> sum) { store(panel + row * kPanel + c - column, sum); });
     }
     T* target = panel - first * kPanel - column;
-    edge_sums({column, columns, matrix_.get(), kPanel}, first, first + count, init,
-              [=](int64_t row, int64_t c, Vector<T> sum) { store(target + row * kPanel + c, sum); });
+    edge_sums<false>({column, columns, matrix_.get(), kPanel}, first, first + count, init,
+                     [=](int64_t row, int64_t c, Vector<T> sum) { store(target + row * kPanel + c, sum); });
   }
 
  private:
@@ -107,7 +122,7 @@ class TileScores {
   // Rows of a product beyond whole ones of kRowBlock.
   static constexpr int kRest = 4;
 
-  // At most kEdgeRows edges of one segment, and how many terms they have.
+  // At most kEdgeRows edges of one segment, and how many channels with an excess are listed for them.
   struct Block {
     int64_t begin, end, segment, terms;
   };
@@ -118,36 +133,124 @@ class TileScores {
     int64_t pitch;
   };
 
-  int64_t vectors(int64_t width) const { return width / kLanes<T>; }
+  static int64_t vectors(int64_t width) { return width / kLanes<T>; }
   // By vectors of channels: whether any and whether all edges of a block have a negative sign.
   uint32_t* any(int64_t block) const { return signs_.row(2 * block * vectors(widest_)); }
   uint32_t* all(int64_t block) const { return any(block) + vectors(widest_); }
   // Whether the tile's factor is that of negative numbers, and whether it is zero.
-  uint32_t* negative() const { return any(capacity_ + 1); }
-  uint32_t* none() const { return all(capacity_ + 1); }
-  // Of a block's terms: rows of the matrix, and values, term by term those of the edges.
+  uint32_t* negative() const { return any(capacity_); }
+  uint32_t* none() const { return all(capacity_); }
+  // Of channels: the tile's factor, and what turns numbers above and below zero into their excess.
+  T* factor() const { return factors_.get(); }
+  T* excess_above() const { return factors_.row(widest_); }
+  T* excess_below() const { return factors_.row(2 * widest_); }
+  // Rows of the matrix that a block lists, and for each of its edges the values that go with them.
   int32_t* terms(int64_t block) const { return terms_.row(block * most_terms_); }
-  T* values(const Block& block) const { return values_.row(block.begin * most_terms_); }
+  T* values(int64_t row) const { return values_.row(row * value_stride_); }
 
   // Hence the matrix has fewer rows from centres than there are edges.
   static bool is_cheaper(int64_t cost, int64_t than) { return 4 * cost < 3 * than; }
 
-  void find_signs(const T* output, int64_t width) const {
-    using Bits = typename Vectors<T>::Bits;
-    for (int64_t b = 0; b < block_count_; ++b) {
-      const Block& block = blocks_.get()[b];
-      uint32_t *any_sign = any(b), *all_signs = all(b);
-      for (int64_t p = 0; p < width; p += kLanes<T>) {
-        Bits everywhere = ~Bits{}, somewhere{};
-        for (int64_t row = block.begin; row < block.end; ++row) {
-          const Bits bits = (Bits)load(output + row * width + p);
-          everywhere &= bits;
-          somewhere |= bits;
-        }
-        if (mlp_.slope == T(1)) everywhere = somewhere = Bits{};
-        any_sign[p / kLanes<T>] = sign_bits<T>(somewhere);
-        all_signs[p / kLanes<T>] = sign_bits<T>(everywhere);
+  // c number by number, and the blocks.
+  void find_edges() {
+    block_count_ = 0;
+    for (int64_t s = 0; s < tile_.segments(); ++s) {
+      const int64_t begin = tile_.segment_begin(s), end = tile_.segment_end(s);
+      edge_codes(mlp_.points, tile_.segment_point(s), tile_.neighbors() + begin, end - begin, code_stride_,
+                 codes_.row(begin));
+      for (int64_t row = begin; row < end; row += kEdgeRows) {
+        blocks_.get()[block_count_++] = {row, std::min<int64_t>(row + kEdgeRows, end), s, 0};
       }
+    }
+  }
+
+  // o of a vector of channels from p on.
+  Vector<T> own_part(int64_t point, int64_t p) const {
+    Vector<T> sum = load(mlp_.layers[0].bias + p);
+    for (int64_t d = 0; d < 3; ++d) {
+      sum += splat(mlp_.points[4 * point + d]) * load(mlp_.center_weight + d * mlp_.layers[0].out + p);
+    }
+    return sum;
+  }
+
+  // What the first layer gives, and its signs.
+  void first_layer() const {
+    const int64_t width = mlp_.layers[0].out;
+    for (int64_t column = 0; column < width; column += kPanel) {
+      if (width - column >= kPanel) {
+        first_panel<kPanelVectors>(column);
+      } else {
+        first_panel<1>(column);
+      }
+    }
+  }
+
+  template <int kVectors>
+  __attribute__((noinline)) void first_panel(int64_t column) const {
+    const PositionLayer<T>& layer = mlp_.layers[0];
+    const int64_t width = layer.out, stride = code_stride_;
+    const T* weight = mlp_.from_center + column;
+    const T slope = mlp_.slope;
+    T* output = tile_.hidden(0) + column;
+    for (int64_t b = 0; b < block_count_; ++b) {
+      const Block block = blocks_.get()[b];
+      const T* codes = codes_.row(block.begin);
+      Vector<T> sums[kEdgeRows][kVectors];
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) {
+        const Vector<T> own = own_part(tile_.segment_point(block.segment), column + v * kLanes<T>);
+#pragma GCC unroll 8
+        for (int r = 0; r < kEdgeRows; ++r) sums[r][v] = own;
+      }
+#pragma GCC unroll 4
+      for (int d = 0; d < kCode; ++d) {
+        Vector<T> right[kVectors];
+        for (int v = 0; v < kVectors; ++v) right[v] = load(weight + d * width + v * kLanes<T>);
+#pragma GCC unroll 8
+        for (int r = 0; r < kEdgeRows; ++r) {
+          const Vector<T> left = splat(codes[d * stride + r]);
+#pragma GCC unroll 2
+          for (int v = 0; v < kVectors; ++v) sums[r][v] += left * right[v];
+        }
+      }
+      find_signs<kEdgeRows, kVectors>(b, column, sums, block.end - block.begin);
+      T* target = output + block.begin * width;
+#pragma GCC unroll 8
+      for (int r = 0; r < kEdgeRows; ++r) {
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v) {
+          store(target + r * width + v * kLanes<T>, leaky_relu(sums[r][v], slope));
+        }
+      }
+    }
+  }
+
+  // Notes the signs of the first `rows` rows.
+  template <int kRows, int kVectors>
+  __attribute__((always_inline)) inline void find_signs(int64_t block, int64_t column,
+                                                        const Vector<T> (&sums)[kRows][kVectors],
+                                                        int64_t rows) const {
+    using Bits = typename Vectors<T>::Bits;
+    uint32_t *any_sign = any(block) + vectors(column), *all_signs = all(block) + vectors(column);
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) {
+      Bits somewhere{}, everywhere = ~Bits{};
+      if (rows == kRows) {
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) {
+          somewhere |= (Bits)sums[r][v];
+          everywhere &= (Bits)sums[r][v];
+        }
+      } else {
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) {
+          const Bits counts = Bits{} - (r < rows);
+          somewhere |= (Bits)sums[r][v] & counts;
+          everywhere &= (Bits)sums[r][v] | ~counts;
+        }
+      }
+      any_sign[v] = mlp_.slope == T(1) ? 0 : sign_bits<T>(somewhere);
+      all_signs[v] = mlp_.slope == T(1) ? 0 : sign_bits<T>(everywhere);
     }
   }
 
@@ -198,31 +301,26 @@ class TileScores {
     const T* output = tile_.hidden(layer);
     copied_ = 0;
     std::fill_n(places_.get(), width, int32_t{-1});
-    // What an edge of the other sign has above the factor times its number.
-    const T above = T(1) - mlp_.slope, below = T(1) - T(1) / mlp_.slope;
     for (int64_t b = 0; b < block_count_; ++b) {
       Block& block = blocks_.get()[b];
-      const int64_t rows = block.end - block.begin;
       int32_t* term = terms(b) + block.terms;
-      T* excess = values(block) + block.terms * rows;
       for (int64_t v = 0; v < vectors(width); ++v) {
-        for (uint32_t bits = listed(b, v); bits; bits &= bits - 1) {
-          const int lane = __builtin_ctz(bits);
-          const int64_t p = v * kLanes<T> + lane;
-          int32_t& place = places_.get()[p];
-          if (place < 0) {
-            place = static_cast<int32_t>(copied_);
-            members_.get()[copied_++] = static_cast<int32_t>(p);
+        const uint32_t channels = listed(b, v);
+        if (!channels) continue;
+        const int64_t p = v * kLanes<T>, place = term - terms(b);
+        const Vector<T> above = load(excess_above() + p), below = load(excess_below() + p);
+        for (int64_t row = block.begin; row < block.end; ++row) {
+          const Vector<T> value = load(output + row * width + p);
+          store(values(row) + place, compress(channels, value * (value > T(0) ? above : below)));
+        }
+        for (uint32_t bits = channels; bits; bits &= bits - 1) {
+          const int64_t channel = p + __builtin_ctz(bits);
+          int32_t& number = places_.get()[channel];
+          if (number < 0) {
+            number = static_cast<int32_t>(copied_);
+            members_.get()[copied_++] = static_cast<int32_t>(channel);
           }
-          *term++ = static_cast<int32_t>(mapped_) + place;
-          const bool is_none = none()[v] >> lane & 1, is_negative = negative()[v] >> lane & 1;
-          const T to_positive = is_none ? T(1) : is_negative ? above : T(0);
-          const T to_negative = is_none ? T(1) : is_negative ? T(0) : below;
-          const T* source = output + block.begin * width + p;
-          for (int64_t r = 0; r < rows; ++r) {
-            const T value = source[r * width];
-            *excess++ = value * (value > T(0) ? to_positive : to_negative);
-          }
+          *term++ = static_cast<int32_t>(mapped_) + number;
         }
       }
       block.terms = term - terms(b);
@@ -230,25 +328,17 @@ class TileScores {
   }
 
   // After the first layer; whether it pays that edges share products.
-  bool first_layer() {
+  bool shares_first() {
     const int64_t width = mlp_.layers[0].out, segments = tile_.segments(), count = tile_.count();
     const int64_t cost = kFinding + (kCode + segments) * width + kCode * count;
     if (!is_cheaper(cost, count * width) || !is_near()) return false;
-    block_count_ = 0;
-    for (int64_t s = 0; s < segments; ++s) {
-      for (int64_t row = tile_.segment_begin(s); row < tile_.segment_end(s); row += kEdgeRows) {
-        blocks_.get()[block_count_++] = {row, std::min<int64_t>(row + kEdgeRows, tile_.segment_end(s)), s, 0};
-      }
-    }
-    find_signs(tile_.hidden(0), width);
     excess_ = choose(width);
     if (!is_cheaper(cost + excess_, count * width)) return false;
     mapped_ = kCode + segments;
     fill_inputs(width, [=](int64_t row, int64_t p) {
-      return load(p + (row < kCode ? mlp_.from_center + row * width
-                                   : mlp_.center_part + tile_.segment_point(row - kCode) * width));
+      return row < kCode ? load(mlp_.from_center + row * width + p)
+                         : own_part(tile_.segment_point(row - kCode), p);
     });
-    add_code();
     add_excess(0, width);
     return true;
   }
@@ -260,7 +350,7 @@ class TileScores {
     const T* first = points + 4 * tile_.segment_point(0);
     T longest = 0, farthest = 0, sum = 0;
     for (int64_t row = 0; row < tile_.count(); ++row) {
-      const T distance = tile_.code(row)[kCode - 1];
+      const T distance = codes_.get()[(kCode - 1) * code_stride_ + row];
       longest = std::max(longest, distance);
       sum += distance;
     }
@@ -272,32 +362,22 @@ class TileScores {
     return sum - sum == T(0) && farthest <= 64 * longest * longest;
   }
 
-  // c as the first terms of the blocks.
-  void add_code() const {
-    for (int64_t b = 0; b < block_count_; ++b) {
-      Block& block = blocks_.get()[b];
-      T* target = values(block);
-      for (int64_t d = 0; d < kCode; ++d) {
-        terms(b)[d] = static_cast<int32_t>(d);
-        for (int64_t row = block.begin; row < block.end; ++row) *target++ = tile_.code(row)[d];
-      }
-      block.terms = kCode;
-    }
-  }
-
   // What becomes the first rows of the matrix: source(row, p), which gives vectors of channels from p on,
   // times the factors.
   template <typename Source>
   void fill_inputs(int64_t width, const Source& source) const {
     using Bits = typename Vectors<T>::Bits;
     const Bits lanes = (Bits)load(reinterpret_cast<const T*>(lane_bits_));
+    const Vector<T> zero{}, one = splat(T(1)), slope = splat(mlp_.slope);
     for (int64_t p = 0; p < width; p += kLanes<T>) {
       const auto has = [&](uint32_t bits) {
         return (lanes & (Bits{} + static_cast<decltype(lanes[0] + 0)>(bits))) != 0;
       };
-      const Vector<T> factor = has(none()[p / kLanes<T>])       ? Vector<T>{}
-                               : has(negative()[p / kLanes<T>]) ? splat(mlp_.slope)
-                                                                : splat(T(1));
+      const Bits is_none = has(none()[p / kLanes<T>]), is_negative = has(negative()[p / kLanes<T>]);
+      const Vector<T> factor = is_none ? zero : is_negative ? slope : one;
+      // What an edge of the other sign has above the factor times its number.
+      store(excess_above() + p, is_none ? one : is_negative ? one - slope : zero);
+      store(excess_below() + p, is_none ? one : is_negative ? zero : one - one / slope);
       for (int64_t row = 0; row < mapped_; ++row)
         store(inputs_.row(row * width + p), factor * source(row, p));
     }
@@ -335,7 +415,7 @@ class TileScores {
     for (int64_t column = 0; column < width; column += kPanel) {
       T* matrix = second_.get() + column;
       make_matrix(layer.in, column, width, layer.weight, matrix, width);
-      edge_sums(
+      edge_sums<true>(
           {column, width, matrix, width}, 0, tile_.count(),
           [bias = layer.bias](int64_t, int64_t c) { return load(bias + c); },
           [=, out = tile_.hidden(1), slope = mlp_.slope](int64_t row, int64_t c, Vector<T> sum) {
@@ -345,11 +425,10 @@ class TileScores {
   }
 
   // After the second layer; whether it pays that edges share products.
-  bool last_layer() {
+  bool shares_last() {
     const PositionLayer<T>& layer = mlp_.layers[1];
     const int64_t width = layer.out, count = tile_.count(), centers = mapped_;
     const int64_t rows = mapped_ + copied_;
-    find_signs(tile_.hidden(1), width);
     const int64_t cost = kFinding + rows * width + kCode * count + excess_;
     if (rows > capacity_ || !is_cheaper(cost + choose(width), count * width)) return false;
     mapped_ = rows;
@@ -362,31 +441,21 @@ class TileScores {
     return true;
   }
 
-  // done(init + ...) of edges [first, last) of whole segments, one panel of columns.
-  template <typename Init, typename Done>
+  // done(init + ...) of edges [first, last) of whole segments, one panel of columns; with kSigns, notes the
+  // signs of the sums.
+  template <bool kSigns, typename Init, typename Done>
   void edge_sums(const Map& map, int64_t first, int64_t last, const Init& init, const Done& done) const {
     if (map.columns - map.column >= kPanel) {
-      panel_sums<kPanelVectors>(map, first, last, init, done);
+      panel_sums<kSigns, kPanelVectors>(map, first, last, init, done);
     } else {
-      panel_sums<1>(map, first, last, init, done);
+      panel_sums<kSigns, 1>(map, first, last, init, done);
     }
   }
 
-  template <int kVectors, typename Init, typename Done>
+  template <bool kSigns, int kVectors, typename Init, typename Done>
   void panel_sums(const Map& map, int64_t first, int64_t last, const Init& init, const Done& done) const {
     for (int64_t b = block_of(first); b < block_count_ && blocks_.get()[b].begin < last; ++b) {
-      const Block& block = blocks_.get()[b];
-      const int64_t rows = block.end - block.begin;
-      const T* center = map.matrix + (kCode + block.segment) * map.pitch;
-      if (rows == kEdgeRows) {
-        block_sums<kEdgeRows, kVectors>(block.begin, map.column, center, map.matrix, map.pitch, block.terms,
-                                        terms(b), values(block), kEdgeRows, init, done);
-        continue;
-      }
-      for (int64_t r = 0; r < rows; ++r) {
-        block_sums<1, kVectors>(block.begin + r, map.column, center, map.matrix, map.pitch, block.terms,
-                                terms(b), values(block) + r, rows, init, done);
-      }
+      block_sums<kSigns, kVectors>(map, b, init, done);
     }
   }
 
@@ -398,40 +467,46 @@ class TileScores {
            blocks;
   }
 
-  template <int kRows, int kVectors, typename Init, typename Done>
-  __attribute__((noinline)) static void block_sums(int64_t row, int64_t column, const T* center,
-                                                   const T* matrix, int64_t pitch, int64_t count,
-                                                   const int32_t* terms, const T* values, int64_t stride,
-                                                   Init init, Done done) {
-    Vector<T> sums[kRows][kVectors];
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
+  // Rows of a block that is not whole come out as well, and are overwritten by the next one.
+  template <bool kSigns, int kVectors, typename Init, typename Done>
+  __attribute__((noinline)) void block_sums(const Map& map, int64_t b, Init init, Done done) const {
+    const Block& block = blocks_.get()[b];
+    const int64_t begin = block.begin, column = map.column, pitch = map.pitch;
+    const int64_t code_stride = code_stride_, value_stride = value_stride_, count = block.terms;
+    const T *matrix = map.matrix, *codes = codes_.row(begin), *numbers = values(begin);
+    const int32_t* listed_rows = terms(b);
+    Vector<T> sums[kEdgeRows][kVectors];
 #pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) {
-        sums[r][v] = init(row + r, column + v * kLanes<T>) + load(center + v * kLanes<T>);
-      }
+    for (int v = 0; v < kVectors; ++v) {
+      const Vector<T> center = load(matrix + (kCode + block.segment) * pitch + v * kLanes<T>);
+#pragma GCC unroll 8
+      for (int r = 0; r < kEdgeRows; ++r) sums[r][v] = init(begin + r, column + v * kLanes<T>) + center;
     }
-    for (int64_t m = 0; m < count; ++m, values += stride) {
+    const auto add = [&](const T* row, const T* left, int64_t stride) __attribute__((always_inline)) {
       Vector<T> right[kVectors];
-      for (int v = 0; v < kVectors; ++v) right[v] = load(matrix + terms[m] * pitch + v * kLanes<T>);
+      for (int v = 0; v < kVectors; ++v) right[v] = load(row + v * kLanes<T>);
 #pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) {
-        const Vector<T> left = splat(values[r]);
+      for (int r = 0; r < kEdgeRows; ++r) {
+        const Vector<T> factor = splat(left[r * stride]);
 #pragma GCC unroll 2
-        for (int v = 0; v < kVectors; ++v) sums[r][v] += left * right[v];
+        for (int v = 0; v < kVectors; ++v) sums[r][v] += factor * right[v];
       }
-    }
+    };
+#pragma GCC unroll 4
+    for (int d = 0; d < kCode; ++d) add(matrix + d * pitch, codes + d * code_stride, 1);
+    for (int64_t m = 0; m < count; ++m) add(matrix + listed_rows[m] * pitch, numbers + m, value_stride);
+    if constexpr (kSigns) find_signs<kEdgeRows, kVectors>(b, column, sums, block.end - begin);
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
+    for (int r = 0; r < kEdgeRows; ++r) {
 #pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) done(row + r, column + v * kLanes<T>, sums[r][v]);
+      for (int v = 0; v < kVectors; ++v) done(begin + r, column + v * kLanes<T>, sums[r][v]);
     }
   }
 
   const PoolArgs<T>& args_;
   const PositionMlp<T>& mlp_;
   PositionTile<T>& tile_;
-  const int64_t capacity_, widest_, most_terms_, most_rows_;
+  const int64_t capacity_, widest_, most_terms_, most_rows_, code_stride_, value_stride_;
   // Whether an excess can be told from what LeakyReLU gave: a slope of next to 0 hides it.
   const bool has_majority_;
   int64_t block_count_ = 0;
@@ -443,7 +518,7 @@ class TileScores {
   Scratch<Block> blocks_;
   Scratch<uint32_t> signs_;
   Scratch<int32_t> places_, terms_;
-  Scratch<T> values_;
+  Scratch<T> codes_, values_, factors_;
   Scratch<int32_t> members_;
   Scratch<T> inputs_, second_, matrix_;
   std::conditional_t<sizeof(T) == 4, int32_t, int64_t> lane_bits_[kLanes<T>];
