@@ -15,6 +15,7 @@ from avatar.config import PointFeaturesConfig
 from avatar.errors import AvatarError
 from avatar.models.mlp import linear_macs
 from avatar.random import keyed_generator
+from avatar_ops.linear_act import linear_act
 from avatar_ops.nearest_sampled import nearest_sampled
 from avatar_ops.nn import EdgeConv, LocalFeatureAggregation
 from avatar_ops.nn.batch_norm import uses_batch_statistics
@@ -94,20 +95,16 @@ def level_sizes(num_points: int, ratios: Sequence[int]) -> list[int]:
 
 
 def curve_codes(points: Tensor) -> Tensor:
-    """(N,) int64 places of points (N, 3) along Morton's space-filling curve with 2**20 steps a side."""
+    """(N,) int32 places of points (N, 3) along Morton's space-filling curve with 2**10 steps a side."""
     axes = points.t().contiguous()
     low = axes.amin(1, keepdim=True)
     extent = (axes.amax(1, keepdim=True) - low).amax().clamp(min=torch.finfo(points.dtype).tiny)
-    steps = ((axes - low) / extent * (2**20 - 1)).int()
+    steps = ((axes - low) / extent * (2**10 - 1)).int()
     # Ten bits with two bits free after each.
-    numbers = torch.arange(2**10, device=points.device)
+    numbers = torch.arange(2**10, device=points.device, dtype=torch.int32)
     spread = sum((numbers >> bit & 1) << 3 * bit for bit in range(10))
-    codes = torch.zeros(len(points), dtype=torch.int64, device=points.device)
-    for axis, step in enumerate(steps):
-        code = spread.index_select(0, step >> 10).bitwise_left_shift_(30)
-        code.bitwise_or_(spread.index_select(0, step & (2**10 - 1)))
-        codes.bitwise_or_(code.bitwise_left_shift_(axis))
-    return codes
+    first, second, third = (spread.index_select(0, step) for step in steps)
+    return first.add_(second, alpha=2).add_(third, alpha=4)
 
 
 @torch.no_grad()
@@ -124,7 +121,8 @@ def build_pyramid(points: Tensor, config: PointFeaturesConfig, seed: int) -> Pyr
     """
     if points.dim() != 2 or points.shape[1] != 3 or len(points) == 0:
         raise AvatarError(f"points: got shape {tuple(points.shape)}, wants (N, 3) with N at least 1")
-    if not points.isfinite().all():
+    # Either is NaN where a point is.
+    if not torch.stack(points.aminmax()).isfinite().all():
         raise AvatarError("points: got some that are not finite, wants finite coordinates")
     levels = len(config.randla_widths)
     if not 0 <= config.gcn_level <= levels:
@@ -132,16 +130,18 @@ def build_pyramid(points: Tensor, config: PointFeaturesConfig, seed: int) -> Pyr
 
     current = points.detach()
     order = curve_codes(current).argsort(stable=True)
-    current = current[order]
+    current = current.index_select(0, order)
     pyramid = Pyramid(order, [], [], [], torch.empty(0, config.gcn_neighbors, dtype=torch.int64))
     sizes = level_sizes(len(points), config.randla_ratios())
     for level, size in enumerate(sizes):
         if level > 0:
             key = keyed_generator(seed, "pyramid", level).initial_seed()
             sample = avatar_ops.random_sample(len(current), size, seed=key, device=points.device)
-            sample = sample.sort().values
+            # In ascending order.
+            sample = torch.zeros(len(current), dtype=torch.bool, device=points.device).index_fill_(0, sample, 1)
+            sample = sample.nonzero().squeeze(1)
             pyramid.samples.append(sample)
-            finer, current = current, current[sample]
+            finer, current = current, current.index_select(0, sample)
         index = avatar_ops.PointIndex(current)
         if level > 0:
             places = torch.full((len(finer),), -1, device=points.device)
@@ -264,7 +264,7 @@ class RandLANet(nn.Module):
     def _scores(self, x: Tensor) -> Tensor:
         for layer in self.head:
             x = layer.activated(x, NEGATIVE_SLOPE)
-        return self.classifier(self.dropout(x))
+        return linear_act(self.dropout(x), self.classifier.weight, self.classifier.bias)
 
     def macs(self, num_points: int, num_neighbors: int = 16) -> dict[str, int]:
         """Multiply-accumulates of the linear layers for one cloud, by part.

@@ -62,12 +62,14 @@ class LinearNorm(nn.Module):
 
     def fold(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
         """Weight and bias that do both at once, given the statistics of what the linear map gives."""
+        linear, norm = self.linear, self.norm
         # Half weights are folded in float32; statistics that come in float64 stay so.
-        variance = variance.to(torch.promote_types(variance.dtype, torch.float32))
-        scale = self.norm.weight * (variance + self.norm.eps).rsqrt()
-        weight = self.linear.weight * scale.unsqueeze(1)
-        bias = (self.linear.bias - mean) * scale + self.norm.bias
-        return weight.to(self.linear.weight.dtype), bias.to(self.linear.bias.dtype)
+        if variance.dtype != torch.float64:
+            variance = variance.float()
+        scale = norm.weight * (variance + norm.eps).rsqrt()
+        weight = linear.weight * scale.unsqueeze(1)
+        bias = (linear.bias - mean) * scale + norm.bias
+        return weight.to(linear.weight.dtype), bias.to(linear.bias.dtype)
 
 
 class LocalFeatureAggregation(nn.Module):

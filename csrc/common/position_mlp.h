@@ -13,7 +13,7 @@ struct PositionLayer {
   int64_t in, out;        // padded; the first layer's `in` is that of [p_i - p_j ; |p_i - p_j|]
   const T* weight;        // packed panels (in, out); the first layer: W_c - W_b and w_d
   const T* bias;          // (out); the first layer's is within the centre's part
-  const T* transposed;    // packed panels (out, in), for gradients; the first layer: W_a + W_c and w_d
+  const T* transposed;    // packed panels (out, in), or null; the first layer: W_a + W_c and w_d
   int64_t gradient;       // where a block of weight gradients holds (out, in)
   int64_t bias_gradient;  // and (out)
 };
@@ -31,7 +31,7 @@ struct PositionMlp {
   // neighbour, whose z has its own centre's part: W_a + W_c and w_d. Null but for three dimensions and one
   // layer, the former also for two.
   const T *from_center, *from_neighbor;
-  const T* to_neighbor;  // packed panels (out, dims_padded): W_b - W_c, for gradients
+  const T* to_neighbor;  // packed panels (out, dims_padded): W_b - W_c; or null
   int64_t neighbor_gradient;
   T slope;
   int64_t code_padded;  // padded widths of [p_i - p_j ; |p_i - p_j|], and with depth 0 of the code,

@@ -59,15 +59,27 @@ class PositionWeights {
       if (depth_ <= 2) mlp_.from_center = from_center_.data();
       if (depth_ == 1) mlp_.from_neighbor = from_neighbor_.data();
     }
-    to_neighbor_ = layout_.pack(out, mlp_.dims_padded, [&](int64_t o, int64_t d) {
-      return d < dims ? at(0, o, dims + d) - at(0, o, 2 * dims + d) : T(0);
-    });
-    mlp_.to_neighbor = to_neighbor_.data();
   }
   PositionWeights(const PositionWeights&) = delete;
   PositionWeights& operator=(const PositionWeights&) = delete;
 
   const PositionMlp<T>& mlp() const { return mlp_; }
+  // What gradients want: the layers' transposed weights and mlp().to_neighbor.
+  void add_transposed() {
+    if (depth_ == 0) return;
+    const int64_t dims = mlp_.dims;
+    for (int64_t l = 0; l < depth_; ++l) {
+      transposed_.push_back(layout_.pack(layers_[l].out, layers_[l].in, [&](int64_t o, int64_t i) {
+        if (l > 0) return at(l, o, i);
+        return i < dims ? at(0, o, i) + at(0, o, 2 * dims + i) : i == dims ? at(0, o, 3 * dims) : T(0);
+      }));
+      layers_[l].transposed = transposed_.back().data();
+    }
+    to_neighbor_ = layout_.pack(layers_[0].out, mlp_.dims_padded, [&](int64_t o, int64_t d) {
+      return d < dims ? at(0, o, dims + d) - at(0, o, 2 * dims + d) : T(0);
+    });
+    mlp_.to_neighbor = to_neighbor_.data();
+  }
   // What kernels want that do not make it themselves: mlp().center_part.
   void add_center_part() {
     if (depth_ == 0 || center_part_) return;
@@ -122,20 +134,15 @@ class PositionWeights {
       packed_.push_back(layout_.pack(dims + 1, out, [&](int64_t d, int64_t o) {
         return at(0, o, 2 * dims + d) - (d < dims ? at(0, o, dims + d) : T(0));
       }));
-      packed_.push_back(layout_.pack(out, in, [&](int64_t o, int64_t d) {
-        return d < dims ? at(0, o, d) + at(0, o, 2 * dims + d) : d == dims ? at(0, o, 3 * dims) : T(0);
-      }));
     } else {
       packed_.push_back(layout_.pack(in, out, [&](int64_t i, int64_t o) { return at(l, o, i); }));
-      packed_.push_back(layout_.pack(out, in, [&](int64_t o, int64_t i) { return at(l, o, i); }));
     }
     std::vector<T> bias(out, T(0));
     std::copy_n(const_data<T>(biases_[l]), true_out, bias.begin());
     packed_.push_back(std::move(bias));
     PositionLayer<T> layer{in, out, nullptr, nullptr, nullptr, 0, 0};
-    layer.weight = packed_[3 * l].data();
-    layer.transposed = packed_[3 * l + 1].data();
-    layer.bias = packed_[3 * l + 2].data();
+    layer.weight = packed_[2 * l].data();
+    layer.bias = packed_[2 * l + 1].data();
     layer.gradient = reserve(out * in);
     layer.bias_gradient = reserve(out);
     if (l == 0) mlp_.neighbor_gradient = reserve(out * mlp_.dims_padded);
@@ -168,7 +175,7 @@ class PositionWeights {
   std::vector<Tensor> weights_, biases_;
   std::vector<const T*> weight_data_;
   std::vector<PositionLayer<T>> layers_;
-  std::vector<std::vector<T>> packed_;
+  std::vector<std::vector<T>> packed_, transposed_;
   std::vector<T> to_neighbor_, center_weight_, from_center_, from_neighbor_;
   std::optional<Tensor> center_part_, widened_points_;
 };

@@ -35,13 +35,19 @@ struct TileLayout {
   // A (depth, columns) matrix in panels of two vectors' width, each (depth, width); `columns` is padded.
   template <typename Value>
   std::vector<T> pack(int64_t depth, int64_t columns, const Value& value) const {
+    // Blocks of rows stay in the first-level cache however `value` reads.
+    constexpr int64_t kBlock = 16;
     std::vector<T> packed(depth * columns);
-    T* target = packed.data();
+    T* panel = packed.data();
     for (int64_t first = 0; first < columns; first += 2 * lanes()) {
-      const int64_t last = std::min(first + 2 * lanes(), columns);
-      for (int64_t d = 0; d < depth; ++d) {
-        for (int64_t c = first; c < last; ++c) *target++ = value(d, c);
+      const int64_t width = std::min(2 * lanes(), columns - first);
+      for (int64_t begin = 0; begin < depth; begin += kBlock) {
+        const int64_t end = std::min(begin + kBlock, depth);
+        for (int64_t c = 0; c < width; ++c) {
+          for (int64_t d = begin; d < end; ++d) panel[d * width + c] = value(d, first + c);
+        }
       }
+      panel += depth * width;
     }
     return packed;
   }

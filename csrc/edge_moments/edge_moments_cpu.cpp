@@ -83,6 +83,7 @@ std::tuple<Tensor, std::vector<Tensor>> edge_moments_backward_cpu(
     const TileLayout<T> layout{current_isa()};
     PositionWeights<T> position(layout, points, weight, bias, negative_slope);
     position.add_center_part();
+    position.add_transposed();
     const int64_t width = position.mlp().out_padded;
     std::vector<T> mean(width, T(0)), constant(width, T(0));
     for (int64_t i = 0; i < channels; ++i) {

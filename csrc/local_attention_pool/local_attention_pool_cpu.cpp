@@ -152,6 +152,7 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> local_attention_pool_bac
     using T = decltype(zero);
     Pool<T> pool(points, features, neighbors, position_weight, position_bias, score_weight, negative_slope);
     pool.position.add_center_part();
+    pool.position.add_transposed();
     FirstBad bad;
     bad.report(
         first_bad_neighbor(const_data<int64_t>(pool.neighbors), batch * cloud * neighbors.size(2), cloud));
