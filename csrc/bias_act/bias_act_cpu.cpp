@@ -1,7 +1,6 @@
 #include <algorithm>
 
 #include "bias_act/bias_act_simd.h"
-#include "common/huge_pages.h"
 #include "common/tensor.h"
 
 namespace avatar {
@@ -38,8 +37,7 @@ Tensor bias_act_cpu(const Tensor& x_in, const std::optional<Tensor>& bias_in, do
   const Rows rows(x);
   std::optional<Tensor> bias;
   if (bias_in) bias = torch::stable::contiguous(to_type(*bias_in, x.scalar_type()));
-  Tensor y = torch::stable::new_empty(x, x.sizes());
-  advise_huge_pages(y);
+  Tensor y = new_result(x, x.sizes());
   dispatch_compute(x.scalar_type(), "bias_act", [&](auto zero) {
     using T = decltype(zero);
     torch::stable::parallel_for(0, rows.count, rows.per_task(), [&](int64_t begin, int64_t end) {
@@ -91,8 +89,7 @@ std::tuple<Tensor, Tensor> bias_act_backward_cpu(const Tensor& grad_in, const st
   std::optional<Tensor> saved, bias;
   if (saved_in) saved = to_compute(to_type(*saved_in, grad.scalar_type()));
   if (bias_in) bias = to_compute(to_type(*bias_in, grad.scalar_type()));
-  Tensor grad_x = torch::stable::new_empty(grad, grad.sizes());
-  advise_huge_pages(grad_x);
+  Tensor grad_x = new_result(grad, grad.sizes());
   Tensor grad_bias = torch::stable::new_zeros(grad, {sum_bias ? rows.channels : 0});
   dispatch_compute(grad.scalar_type(), "bias_act_backward", [&](auto zero) {
     using T = decltype(zero);

@@ -26,7 +26,7 @@ class PositionWeights {
     if (dims == 3) {
       mlp_.point_stride = 4;
       widened_points_ = widen(points);
-      mlp_.points = const_data<T>(*widened_points_);
+      mlp_.points = widened_points_.get();
     }
     mlp_.dims_padded = layout_.padded(dims);
     mlp_.code_padded = layout_.padded(dims + 1);
@@ -73,12 +73,12 @@ class PositionWeights {
         if (l > 0) return at(l, o, i);
         return i < dims ? at(0, o, i) + at(0, o, 2 * dims + i) : i == dims ? at(0, o, 3 * dims) : T(0);
       }));
-      layers_[l].transposed = transposed_.back().data();
+      layers_[l].transposed = transposed_.back().get();
     }
     to_neighbor_ = layout_.pack(layers_[0].out, mlp_.dims_padded, [&](int64_t o, int64_t d) {
       return d < dims ? at(0, o, dims + d) - at(0, o, 2 * dims + d) : T(0);
     });
-    mlp_.to_neighbor = to_neighbor_.data();
+    mlp_.to_neighbor = to_neighbor_.get();
   }
   // What kernels want that do not make it themselves: mlp().center_part.
   void add_center_part() {
@@ -86,7 +86,7 @@ class PositionWeights {
     const int64_t out = layers_[0].out;
     const auto packed = layout_.pack(mlp_.dims, out, [&](int64_t d, int64_t o) { return center_weight_[d * out + o]; });
     center_part_ = layout_.project(points_, out, packed, layers_[0].bias);
-    mlp_.center_part = const_data<T>(*center_part_);
+    mlp_.center_part = center_part_.get();
   }
   int64_t width() const { return depth_ ? weights_.back().size(0) : 3 * mlp_.dims + 1; }
   // Numbers in a block of this network's weight gradients.
@@ -137,12 +137,12 @@ class PositionWeights {
     } else {
       packed_.push_back(layout_.pack(in, out, [&](int64_t i, int64_t o) { return at(l, o, i); }));
     }
-    std::vector<T> bias(out, T(0));
-    std::copy_n(const_data<T>(biases_[l]), true_out, bias.begin());
-    packed_.push_back(std::move(bias));
+    packed_.push_back(buffer<T>(out));
+    T* bias = packed_.back().get();
+    std::fill(std::copy_n(const_data<T>(biases_[l]), true_out, bias), bias + out, T(0));
     PositionLayer<T> layer{in, out, nullptr, nullptr, nullptr, 0, 0};
-    layer.weight = packed_[2 * l].data();
-    layer.bias = packed_[2 * l + 1].data();
+    layer.weight = packed_[2 * l].get();
+    layer.bias = packed_[2 * l + 1].get();
     layer.gradient = reserve(out * in);
     layer.bias_gradient = reserve(out);
     if (l == 0) mlp_.neighbor_gradient = reserve(out * mlp_.dims_padded);
@@ -152,11 +152,10 @@ class PositionWeights {
   }
 
   // (rows, 3) with a zero after each point, so that one load takes it whole.
-  static Tensor widen(const Tensor& points) {
-    Tensor wide = torch::stable::new_empty(points, {points.size(0), 4});
-    advise_huge_pages(wide);
+  static Buffer<T> widen(const Tensor& points) {
+    Buffer<T> wide = buffer<T>(4 * points.size(0));
     const T* from = const_data<T>(points);
-    T* to = mutable_data<T>(wide);
+    T* to = wide.get();
     torch::stable::parallel_for(0, points.size(0), 1 << 14, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
         std::copy_n(from + 3 * row, 3, to + 4 * row);
@@ -175,9 +174,9 @@ class PositionWeights {
   std::vector<Tensor> weights_, biases_;
   std::vector<const T*> weight_data_;
   std::vector<PositionLayer<T>> layers_;
-  std::vector<std::vector<T>> packed_, transposed_;
-  std::vector<T> to_neighbor_, center_weight_, from_center_, from_neighbor_;
-  std::optional<Tensor> center_part_, widened_points_;
+  std::vector<Buffer<T>> packed_, transposed_;
+  std::vector<T> center_weight_, from_center_, from_neighbor_;
+  Buffer<T> to_neighbor_, center_part_, widened_points_;
 };
 
 // Walks the edges of neighbors (batch, rows, k) by the point they lead to, in rounds whose working memory is

@@ -3,21 +3,12 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <memory>
 #include <utility>
 
+#include "common/memory.h"
 #include "common/tensor.h"
 
 namespace avatar {
-
-template <typename T>
-using Buffer = std::unique_ptr<T[]>;
-
-// Uninitialised, so that its pages are touched first by whoever fills it.
-template <typename T>
-Buffer<T> buffer(int64_t count) {
-  return Buffer<T>(new T[count]);
-}
 
 // Sorts values by ascending unsigned keys, equal keys in the order given. Both buffers are used up: take what
 // they hold afterwards.

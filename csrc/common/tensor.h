@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "common/isa.h"
+#include "common/memory.h"
 #include "common/pixel_type.h"
 
 namespace avatar {
@@ -60,6 +61,27 @@ void dispatch_compute(ScalarType type, const char* op, const Body& body) {
     throw std::invalid_argument(std::string(op) + ": no kernel for dtype " +
                                 torch::headeronly::toString(type));
   }
+}
+
+// new_empty on the CPU, in memory that earlier results or work had where it is large.
+inline Tensor new_result(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType type,
+                         size_t element_size) {
+  constexpr size_t kLarge = size_t{1} << 20;
+  std::vector<int64_t> strides(sizes.size());
+  int64_t count = 1;
+  for (size_t d = sizes.size(); d-- > 0; count *= sizes[d]) strides[d] = count;
+  const size_t bytes = static_cast<size_t>(count) * element_size;
+  if (bytes < kLarge) return torch::stable::new_empty(like, sizes, type);
+  Buffer<char> memory = buffer<char>(static_cast<int64_t>(bytes));
+  const Tensor result =
+      torch::stable::from_blob(memory.get(), sizes, strides, like.device(), type,
+                               [bytes](void* taken) { give_memory(taken, bytes); });
+  memory.release();
+  return result;
+}
+// In the dtype of `like`.
+inline Tensor new_result(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes) {
+  return new_result(like, sizes, like.scalar_type(), like.element_size());
 }
 
 template <typename T>

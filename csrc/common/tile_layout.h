@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "common/huge_pages.h"
+#include "common/memory.h"
 #include "common/project_rows_simd.h"
 #include "common/tensor.h"
 
@@ -34,11 +34,11 @@ struct TileLayout {
 
   // A (depth, columns) matrix in panels of two vectors' width, each (depth, width); `columns` is padded.
   template <typename Value>
-  std::vector<T> pack(int64_t depth, int64_t columns, const Value& value) const {
+  Buffer<T> pack(int64_t depth, int64_t columns, const Value& value) const {
     // Blocks of rows stay in the first-level cache however `value` reads.
     constexpr int64_t kBlock = 16;
-    std::vector<T> packed(depth * columns);
-    T* panel = packed.data();
+    Buffer<T> packed = buffer<T>(depth * columns);
+    T* panel = packed.get();
     for (int64_t first = 0; first < columns; first += 2 * lanes()) {
       const int64_t width = std::min(2 * lanes(), columns - first);
       for (int64_t begin = 0; begin < depth; begin += kBlock) {
@@ -76,14 +76,13 @@ struct TileLayout {
   }
 
   // (rows, columns) = a (rows, depth) times packed b.
-  Tensor project(const Tensor& a, int64_t columns, const std::vector<T>& packed, const T* bias) const {
+  Buffer<T> project(const Tensor& a, int64_t columns, const Buffer<T>& packed, const T* bias) const {
     const int64_t rows = a.size(0), depth = a.size(1);
-    Tensor target = torch::stable::new_empty(a, {rows, columns});
-    advise_huge_pages(target);
+    Buffer<T> target = buffer<T>(rows * columns);
     const int64_t grain = std::max<int64_t>(64, 65536 / std::max<int64_t>(1, depth * columns));
     torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
       AVATAR_ISA_CALL_OF(isa, project_rows, end - begin, depth, columns, const_data<T>(a) + begin * depth,
-                         packed.data(), bias, mutable_data<T>(target) + begin * columns);
+                         packed.get(), bias, target.get() + begin * columns);
     });
     return target;
   }

@@ -5,11 +5,12 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <new>
 
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
+
+#include "common/memory.h"
 
 namespace avatar {
 namespace AVATAR_ISA {
@@ -210,15 +211,16 @@ template <typename T>
 class Scratch {
  public:
   explicit Scratch(int64_t count)
-      : data_(static_cast<T*>(::operator new(count * sizeof(T) + 1, std::align_val_t(64)))) {}
-  ~Scratch() { ::operator delete(data_, std::align_val_t(64)); }
+      : bytes_(static_cast<size_t>(count) * sizeof(T)), data_(static_cast<T*>(take_memory(bytes_))) {}
+  ~Scratch() { give_memory(data_, bytes_); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   T* get() const { return data_; }
   T* row(int64_t offset) const { return data_ + offset; }
 
  private:
-  T* data_;
+  const size_t bytes_;
+  T* const data_;
 };
 
 inline int64_t round_up(int64_t value, int64_t unit) {

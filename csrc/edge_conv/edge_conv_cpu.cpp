@@ -1,4 +1,3 @@
-#include "common/huge_pages.h"
 #include "edge_conv/edge_conv_plan.h"
 
 namespace avatar {
@@ -43,11 +42,10 @@ std::tuple<Tensor, Tensor> edge_conv_cpu(const Tensor& x_in, const Tensor& neigh
   const Tensor x = to_compute(x_in), neighbors = torch::stable::contiguous(neighbors_in);
   const int64_t batch = x.size(0), num_points = x.size(1), k = neighbors.size(2);
   const int64_t channels = weight.size(0), stride = pad_columns(channels);
-  Tensor output = torch::stable::new_empty(x, {batch, num_points, channels});
+  Tensor output = new_result(x, {batch, num_points, channels});
   Tensor slots = keep_slots ? torch::stable::new_empty(x, {batch, num_points, stride}, slot_type(k))
                             : torch::stable::new_empty(x, {0}, slot_type(k));
-  Tensor products = torch::stable::new_empty(x, {batch, num_points, stride});
-  for (const Tensor& fresh : {output, slots, products}) advise_huge_pages(fresh);
+  Tensor products = new_result(x, {batch, num_points, stride});
   FirstBad bad;
   dispatch_compute(x.scalar_type(), "edge_conv", [&](auto zero) {
     using T = decltype(zero);

@@ -12,8 +12,8 @@ std::tuple<Tensor, Tensor> edge_max_cpu(const Tensor& features_in, const Tensor&
   const Tensor neighbors = torch::stable::contiguous(neighbors_in);
   const int64_t batch = features.size(0), num_points = features.size(1), channels = features.size(2);
   const int64_t rows = neighbors.size(1), k = neighbors.size(2);
-  Tensor values = torch::stable::new_empty(features, {batch, rows, channels});
-  Tensor argmax = torch::stable::new_empty(neighbors, {batch, rows, channels});
+  Tensor values = new_result(features, {batch, rows, channels});
+  Tensor argmax = new_result(neighbors, {batch, rows, channels});
   FirstBad bad;
   dispatch_compute(features.scalar_type(), "edge_max", [&](auto zero) {
     using T = decltype(zero);

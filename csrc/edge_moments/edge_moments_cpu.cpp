@@ -94,7 +94,7 @@ std::tuple<Tensor, std::vector<Tensor>> edge_moments_backward_cpu(
       if (i >= channels || j >= channels) return T(0);
       return static_cast<T>((by_covariance[i * channels + j] + by_covariance[j * channels + i]) / count);
     });
-    EdgeMomentsBackwardArgs<T> args{position.mlp(), {}, mean.data(), constant.data(), slope.data()};
+    EdgeMomentsBackwardArgs<T> args{position.mlp(), {}, mean.data(), constant.data(), slope.get()};
     const std::vector<T> weights =
         backward_by_points<T>(neighbors, position.gradient_size(), dims, width,
                               points_gradient ? mutable_data<T>(grad_points) : nullptr,

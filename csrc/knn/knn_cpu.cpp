@@ -1,7 +1,6 @@
 #include <algorithm>
 
 #include "common/adjacency.h"
-#include "common/huge_pages.h"
 #include "knn/knn_index.h"
 
 namespace avatar {
@@ -55,11 +54,10 @@ std::tuple<Tensor, Tensor> search(const KnnIndex& index, const Tensor& points, c
   // With lengths of their own, even the points' own rows are other queries than the index holds.
   const bool own_queries = !queries_in && !query_lengths;
   const Clouds query_clouds = own_queries ? clouds : padded_clouds(queries, query_lengths, "query_lengths");
-  Tensor distances = torch::stable::new_empty(points, {queries.size(0), queries.size(1), k});
-  Tensor indices = torch::stable::new_empty(points, {queries.size(0), queries.size(1), k}, ScalarType::Long);
   // Rows are written in the tree's order: with small pages nearly every row costs a search of the page table.
-  advise_huge_pages(distances);
-  advise_huge_pages(indices);
+  Tensor distances = new_result(points, {queries.size(0), queries.size(1), k});
+  Tensor indices =
+      new_result(points, {queries.size(0), queries.size(1), k}, ScalarType::Long, sizeof(int64_t));
   search_index({index, points, clouds, queries, query_clouds, own_queries, exclude_self, k}, distances,
                indices);
   return {to_type(distances, type), indices};

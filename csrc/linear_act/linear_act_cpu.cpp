@@ -1,4 +1,3 @@
-#include "common/huge_pages.h"
 #include "common/tile_layout.h"
 #include "linear_act/linear_act_simd.h"
 
@@ -28,15 +27,14 @@ Tensor linear_act_cpu(const Tensor& x_in, const std::optional<Tensor>& beside_in
                             "] = " + std::to_string(const_data<int64_t>(*places)[bad.position()]) +
                             "; expected an index in [0, " + std::to_string(rest_rows) + ")");
   }
-  Tensor y = torch::stable::new_empty(x, {x.size(0), rows, columns});
+  Tensor y = new_result(x, {x.size(0), rows, columns});
   if (y.numel() == 0) return to_type(y, x_in.scalar_type());
-  advise_huge_pages(y);
   dispatch_compute(x.scalar_type(), "linear_act", [&](auto zero) {
     using T = decltype(zero);
     const TileLayout<T> layout = TileLayout<T>::of({columns});
     const int64_t columns_padded = layout.padded(columns);
     const T* numbers = const_data<T>(weight);
-    const std::vector<T> packed = layout.pack(depth, columns_padded, [&](int64_t c, int64_t o) {
+    const Buffer<T> packed = layout.pack(depth, columns_padded, [&](int64_t c, int64_t o) {
       return o < columns ? numbers[o * depth + c] : T(0);
     });
     std::vector<T> padded_bias(columns_padded, T(0));
@@ -47,7 +45,7 @@ Tensor linear_act_cpu(const Tensor& x_in, const std::optional<Tensor>& beside_in
         const int64_t b = begin / rows, stop = std::min(end, (b + 1) * rows);
         const LinearActArgs<T> args{const_data<T>(x) + b * rows * own,
                                     beside ? const_data<T>(*beside) + b * rows * (depth - own) : nullptr,
-                                    packed.data(),
+                                    packed.get(),
                                     padded_bias.data(),
                                     rest ? const_data<T>(*rest) + b * rest_rows * columns : nullptr,
                                     places ? const_data<int64_t>(*places) : nullptr,

@@ -1,6 +1,5 @@
 #include <algorithm>
 
-#include "common/huge_pages.h"
 #include "common/position_weights.h"
 #include "local_attention_pool/local_attention_pool_order.h"
 #include "local_attention_pool/local_attention_pool_simd.h"
@@ -23,7 +22,7 @@ struct Pool {
   const Tensor points, features, neighbors, score_weight;
   const T* scores;  // those of score_weight
   PositionWeights<T> position;
-  std::vector<T> feature_weight, position_weight;
+  Buffer<T> feature_weight, position_weight;
 
   Pool(const Tensor& points_in, const Tensor& features_in, const Tensor& neighbors_in,
        const std::vector<Tensor>& weights, const std::vector<Tensor>& biases, const Tensor& score_weight_in,
@@ -75,8 +74,8 @@ struct Pool {
     args.position_channels = position_channels;
     args.hidden = hidden;
     args.features = const_data<T>(features);
-    args.feature_weight = feature_weight.data();
-    args.position_weight = position_weight.data();
+    args.feature_weight = feature_weight.get();
+    args.position_weight = position_weight.get();
     return args;
   }
 };
@@ -93,18 +92,17 @@ std::tuple<Tensor, Tensor> local_attention_pool_cpu(const Tensor& points, const 
   const int64_t width = score_weight.size(0);
   const ScalarType type = compute_type(points.scalar_type());
   const Tensor like = to_type(score_weight, type);
-  Tensor pooled = torch::stable::new_empty(like, {batch, cloud, width});
-  Tensor statistics = torch::stable::new_empty(like, {batch, cloud, save_statistics ? width : 0});
-  for (const Tensor& fresh : {pooled, statistics}) advise_huge_pages(fresh);
+  Tensor pooled = new_result(like, {batch, cloud, width});
+  Tensor statistics = new_result(like, {batch, cloud, save_statistics ? width : 0});
   FirstBad bad;
   dispatch_compute(type, "local_attention_pool", [&](auto zero) {
     using T = decltype(zero);
     Pool<T> pool(points, features, neighbors, position_weight, position_bias, score_weight, negative_slope,
                  kLog2E);
-    const Tensor scores =
+    const Buffer<T> scores =
         pool.layout.project(pool.features, pool.hidden, pool.feature_weight, static_cast<const T*>(nullptr));
     PoolArgs<T> args = pool.args();
-    args.scores = const_data<T>(scores);
+    args.scores = scores.get();
     args.pooled = mutable_data<T>(pooled);
     args.statistics = save_statistics ? mutable_data<T>(statistics) : nullptr;
     const int64_t grain = std::max<int64_t>(16, (1 << 20) / std::max<int64_t>(1, k * width * width));
@@ -172,8 +170,8 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> local_attention_pool_bac
     args.grad = const_data<T>(padded_grad);
     args.pooled = const_data<T>(padded_pooled);
     args.statistics = const_data<T>(padded_statistics);
-    args.feature_score = feature_score.data();
-    args.position_score = position_score.data();
+    args.feature_score = feature_score.get();
+    args.position_score = position_score.get();
     args.score_gradient = pool.position.gradient_size();
     args.grad_features = mutable_data<T>(features_sum);
     const std::vector<T> weights = backward_by_points<T>(

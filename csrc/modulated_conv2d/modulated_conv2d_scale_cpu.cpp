@@ -1,6 +1,5 @@
 #include <algorithm>
 
-#include "common/huge_pages.h"
 #include "common/tensor.h"
 #include "modulated_conv2d/modulated_conv2d_scale_simd.h"
 
@@ -39,8 +38,7 @@ Tensor scale_images(const Tensor& images, const Tensor& others, const std::optio
 // images * others.
 std::tuple<Tensor, Tensor> modulated_conv2d_scale_cpu(const Tensor& images, const Tensor& others,
                                                       const Tensor& factors) {
-  Tensor scaled = torch::stable::new_empty(images, images.sizes());
-  advise_huge_pages(scaled);
+  Tensor scaled = new_result(images, images.sizes());
   const Tensor sums = scale_images(torch::stable::contiguous(images), torch::stable::contiguous(others),
                                    torch::stable::contiguous(factors), scaled);
   return {scaled, sums};
@@ -66,9 +64,8 @@ std::tuple<Tensor, Tensor, Tensor> modulated_conv2d_scale_backward_cpu(const Ten
   const Tensor factors = torch::stable::contiguous(factors_in);
   const Tensor grad_scaled = torch::stable::contiguous(grad_scaled_in);
   const Tensor grad_sums = torch::stable::contiguous(grad_sums_in);
-  Tensor grad_images = torch::stable::new_empty(images, images.sizes());
-  advise_huge_pages(grad_images);
-  Tensor grad_others = torch::stable::new_empty(images, images.sizes());
+  Tensor grad_images = new_result(images, images.sizes());
+  Tensor grad_others = new_result(images, images.sizes());
   Tensor grad_factors = torch::stable::new_empty(factors, factors.sizes());
   const int64_t rows = factors.numel(), pixels = images.size(2) * images.size(3);
   dispatch_compute(images.scalar_type(), "modulated_conv2d_scale_backward", [&](auto zero) {

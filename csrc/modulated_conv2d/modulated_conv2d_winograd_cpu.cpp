@@ -2,7 +2,6 @@
 #include <atomic>
 #include <limits>
 
-#include "common/huge_pages.h"
 #include "common/tensor.h"
 #include "modulated_conv2d/modulated_conv2d_winograd_simd.h"
 
@@ -266,8 +265,9 @@ void modulated_conv2d_winograd_cpu(const Tensor& x, const Tensor& weight, const 
                             (form == WinogradForm::up) != transposed,
                             nullptr};
   if (y.numel() == 0) return;
-  advise_huge_pages(y);
-  if (demodulated) advise_huge_pages(*demodulated);
+  for (Tensor* fresh : {&y, demodulated ? &*demodulated : &y}) {
+    advise_huge_pages(fresh->mutable_data_ptr(), fresh->numel() * fresh->element_size());
+  }
   form == WinogradForm::up ? convolve_up(args, weight) : convolve(args, weight);
 }
 

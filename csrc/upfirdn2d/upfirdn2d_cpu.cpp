@@ -1,7 +1,6 @@
 #include <algorithm>
 #include <numeric>
 
-#include "common/huge_pages.h"
 #include "common/tensor.h"
 #include "upfirdn2d/upfirdn2d_band_simd.h"
 
@@ -145,9 +144,8 @@ Tensor upfirdn2d_cpu(const Tensor& x_in, const Tensor& f_in, int64_t up, int64_t
   if (height_out < 0 || width_out < 0 || f.numel() == 0) {
     throw std::invalid_argument("upfirdn2d: the padded image is smaller than the filter");
   }
-  Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1), height_out, width_out});
+  Tensor y = new_result(x, {x.size(0), x.size(1), height_out, width_out});
   if (y.numel() == 0) return to_type(y, x_in.scalar_type());
-  advise_huge_pages(y);
   const Axis vertical(height, height_out, up, down, y0, taps_down);
   const Axis horizontal(width, width_out, up, down, x0, taps_across);
   dispatch_compute(x.scalar_type(), "upfirdn2d", [&](auto zero) {
