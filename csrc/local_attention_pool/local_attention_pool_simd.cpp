@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <type_traits>
+#include <utility>
 
 #include "common/position_tile.h"
 #include "local_attention_pool/local_attention_pool_linear.h"
@@ -96,7 +97,12 @@ int64_t pool_rows(const PoolArgs<T>& args, int64_t begin, int64_t end) {
   Scratch<T> panel((tile.capacity() + kRowBlock) * kPanel);
   T* scores = panel.get();
   const int64_t* neighbors = tile.neighbors();
+  // Near centres share neighbours, which are at hand still.
+  constexpr int64_t kRecent = 256;
+  int64_t recent[kRecent];
+  std::fill_n(recent, kRecent, int64_t{-1});
   const auto ahead = [&](int64_t point) {
+    if (std::exchange(recent[point % kRecent], point) == point) return;
     fetch(args.position.points + point * args.position.point_stride, args.position.point_stride);
     fetch(args.scores + point * args.hidden, args.hidden);
     fetch(args.features + point * args.channels_padded, args.channels_padded);

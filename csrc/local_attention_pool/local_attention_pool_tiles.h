@@ -309,9 +309,13 @@ class TileScores {
         if (!channels) continue;
         const int64_t p = v * kLanes<T>, place = term - terms(b);
         const Vector<T> above = load(excess_above() + p), below = load(excess_below() + p);
-        for (int64_t row = block.begin; row < block.end; ++row) {
-          const Vector<T> value = load(output + row * width + p);
-          store(values(row) + place, compress(channels, value * (value > T(0) ? above : below)));
+        const T* source = output + block.begin * width + p;
+        T* target = values(block.begin) + place;
+        for (int64_t rows = block.end - block.begin, stride = value_stride_; rows > 0; --rows) {
+          const Vector<T> value = load(source);
+          store(target, compress(channels, value * (value > T(0) ? above : below)));
+          source += width;
+          target += stride;
         }
         for (uint32_t bits = channels; bits; bits &= bits - 1) {
           const int64_t channel = p + __builtin_ctz(bits);
@@ -348,12 +352,20 @@ class TileScores {
   bool is_near() const {
     const T* points = mlp_.points;
     const T* first = points + 4 * tile_.segment_point(0);
-    T longest = 0, farthest = 0, sum = 0;
-    for (int64_t row = 0; row < tile_.count(); ++row) {
-      const T distance = codes_.get()[(kCode - 1) * code_stride_ + row];
-      longest = std::max(longest, distance);
-      sum += distance;
+    const T* distances = codes_.row((kCode - 1) * code_stride_);
+    Vector<T> lengths{}, sums{};
+    int64_t row = 0;
+    for (; row + kLanes<T> <= tile_.count(); row += kLanes<T>) {
+      lengths = larger<T>(load(distances + row), lengths);
+      sums += load(distances + row);
     }
+    T longest = 0, farthest = 0, sum = 0;
+    const auto add = [&](T length, T addend) {
+      longest = std::max(longest, length);
+      sum += addend;
+    };
+    for (int64_t lane = 0; lane < kLanes<T>; ++lane) add(lengths[lane], sums[lane]);
+    for (; row < tile_.count(); ++row) add(distances[row], distances[row]);
     for (int64_t s = 1; s < tile_.segments(); ++s) {
       const T* point = points + 4 * tile_.segment_point(s);
       const T x = point[0] - first[0], y = point[1] - first[1], z = point[2] - first[2];
