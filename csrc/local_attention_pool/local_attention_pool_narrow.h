@@ -44,11 +44,18 @@ class NarrowRows {
       const int64_t base = row / args_.cloud * args_.cloud;
       if (row + kAhead < end) fetch_row(row + kAhead);
       const int64_t* neighbors = args_.neighbors + row * args_.k;
-      int64_t count = 0;
-      for (int64_t slot = 0; slot < args_.k; ++slot) {
-        if (neighbors[slot] < -1 || neighbors[slot] >= args_.cloud) return row * args_.k + slot;
-        points_.get()[count] = base + neighbors[slot];
-        count += neighbors[slot] >= 0;
+      int64_t count = args_.k;
+      uint64_t outside = 0;
+      for (int64_t slot = 0; slot < args_.k; ++slot) outside |= !is_inside(neighbors[slot]);
+      if (!outside) {
+        for (int64_t slot = 0; slot < args_.k; ++slot) points_.get()[slot] = base + neighbors[slot];
+      } else {
+        count = 0;
+        for (int64_t slot = 0; slot < args_.k; ++slot) {
+          if (neighbors[slot] != -1 && !is_inside(neighbors[slot])) return row * args_.k + slot;
+          points_.get()[count] = base + neighbors[slot];
+          count += neighbors[slot] >= 0;
+        }
       }
       find_codes(row, count);
       pool(row, count);
@@ -57,11 +64,15 @@ class NarrowRows {
   }
 
  private:
+  bool is_inside(int64_t neighbor) const {
+    return static_cast<uint64_t>(neighbor) < static_cast<uint64_t>(args_.cloud);
+  }
+
   void fetch_row(int64_t row) const {
     const int64_t base = row / args_.cloud * args_.cloud;
     for (int64_t slot = 0; slot < args_.k; ++slot) {
       const int64_t neighbor = args_.neighbors[row * args_.k + slot];
-      if (neighbor < 0 || neighbor >= args_.cloud) continue;
+      if (!is_inside(neighbor)) continue;
       __builtin_prefetch(args_.position.points + 4 * (base + neighbor));
       __builtin_prefetch(args_.scores + kLanes<float> * (base + neighbor));
       __builtin_prefetch(args_.features + kHalf * (base + neighbor));
@@ -143,12 +154,22 @@ class NarrowRows {
   // The sums of weights, each weight_of(score), and of what they weigh.
   template <typename WeightOf>
   void weigh(int64_t count, const WeightOf& weight_of, Vector<float>& sum, Vector<float>& pooled) const {
-    sum = pooled = Vector<float>{};
-    for (int64_t e = 0; e < count; ++e) {
-      const Vector<float> weight = weight_of(load(scores_.row(kLanes<float> * e)));
-      sum += weight;
-      pooled += weight * load(values_.row(kLanes<float> * e));
+    const float *scores = scores_.get(), *values = values_.get();
+    const auto add = [&](int64_t e, Vector<float>& to_sum, Vector<float>& to_pooled) {
+      const Vector<float> weight = weight_of(load(scores + kLanes<float> * e));
+      to_sum += weight;
+      to_pooled += weight * load(values + kLanes<float> * e);
+    };
+    Vector<float> other_sum{}, other_pooled{};
+    sum = pooled = other_sum;
+    int64_t e = 0;
+    for (; e + 1 < count; e += 2) {
+      add(e, sum, pooled);
+      add(e + 1, other_sum, other_pooled);
     }
+    if (e < count) add(e, sum, pooled);
+    sum += other_sum;
+    pooled += other_pooled;
   }
 
   void pool(int64_t row, int64_t count) const {
