@@ -231,10 +231,18 @@ inline int64_t padded(int64_t columns) {
   return round_up(columns, kLanes<T>);
 }
 
+// More columns of the left matrix of a product, kept elsewhere.
+template <typename T>
+struct Beside {
+  const T* a = nullptr;
+  int64_t lda = 0, depth = 0;
+};
+
 template <int kRows, int kVectors, typename T, typename Init, typename Done>
 __attribute__((always_inline)) inline void product_panel(int64_t row, int64_t column, int64_t depth,
                                                          const T* a, int64_t lda, const T* panel,
-                                                         const Init& init, const Done& done) {
+                                                         const Init& init, const Done& done,
+                                                         const Beside<T>& beside) {
   // Unrolled early, so that the sums are registers throughout.
   Vector<T> sum[kRows][kVectors];
 #pragma GCC unroll 12
@@ -242,16 +250,21 @@ __attribute__((always_inline)) inline void product_panel(int64_t row, int64_t co
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) sum[r][v] = init(row + r, column + v * kLanes<T>);
   }
-  a += row * lda;
-  for (int64_t d = 0; d < depth; ++d) {
-    Vector<T> b[kVectors];
-    for (int v = 0; v < kVectors; ++v) b[v] = load(panel + (d * kVectors + v) * kLanes<T>);
+  const auto add = [&](int64_t depth, const T* a, int64_t lda, const T* panel) __attribute__((always_inline)) {
+    for (int64_t d = 0; d < depth; ++d) {
+      Vector<T> b[kVectors];
+      for (int v = 0; v < kVectors; ++v) b[v] = load(panel + (d * kVectors + v) * kLanes<T>);
 #pragma GCC unroll 12
-    for (int r = 0; r < kRows; ++r) {
-      const Vector<T> value = splat(a[r * lda + d]);
+      for (int r = 0; r < kRows; ++r) {
+        const Vector<T> value = splat(a[r * lda + d]);
 #pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) sum[r][v] += value * b[v];
+        for (int v = 0; v < kVectors; ++v) sum[r][v] += value * b[v];
+      }
     }
+  };
+  add(depth, a + row * lda, lda, panel);
+  if (beside.depth > 0) {
+    add(beside.depth, beside.a + row * beside.lda, beside.lda, panel + depth * kVectors * kLanes<T>);
   }
 #pragma GCC unroll 12
   for (int r = 0; r < kRows; ++r) {
@@ -260,22 +273,22 @@ __attribute__((always_inline)) inline void product_panel(int64_t row, int64_t co
   }
 }
 
-// One panel of columns from `column` on of init + a b for all rows, a multiple of kRows; b is packed (see
-// pack_panels). `init(row, column)` gives the vector to start from, `done(row, column, vector)` takes it:
+// One panel of columns from `column` on of init + [a ; beside] b for all rows, a multiple of kRows; b is
+// packed (see TileLayout::pack). `init(row, column)` gives the vector to start from, `done(row, column, vector)` takes it:
 // best if they hold what they use by value, as stores might change what they refer to. Not inlined, as
 // constants of the code around it would take the registers of the sums.
 template <int kRows = kRowBlock, typename T, typename Init, typename Done>
 __attribute__((noinline)) void product_columns(int64_t rows, int64_t depth, int64_t column, int64_t columns,
                                                const T* a, int64_t lda, const T* packed, Init init,
-                                               Done done) {
-  const T* panel = packed + depth * column;
+                                               Done done, Beside<T> beside = {}) {
+  const T* panel = packed + (depth + beside.depth) * column;
   if (columns - column >= kPanelVectors * kLanes<T>) {
     for (int64_t row = 0; row < rows; row += kRows) {
-      product_panel<kRows, kPanelVectors>(row, column, depth, a, lda, panel, init, done);
+      product_panel<kRows, kPanelVectors>(row, column, depth, a, lda, panel, init, done, beside);
     }
   } else {
     for (int64_t row = 0; row < rows; row += kRows) {
-      product_panel<kRows, 1>(row, column, depth, a, lda, panel, init, done);
+      product_panel<kRows, 1>(row, column, depth, a, lda, panel, init, done, beside);
     }
   }
 }
@@ -283,9 +296,9 @@ __attribute__((noinline)) void product_columns(int64_t rows, int64_t depth, int6
 // All columns, a multiple of the vector's lanes.
 template <int kRows = kRowBlock, typename T, typename Init, typename Done>
 inline void product(int64_t rows, int64_t depth, int64_t columns, const T* a, int64_t lda, const T* packed,
-                    const Init& init, const Done& done) {
+                    const Init& init, const Done& done, const Beside<T>& beside = {}) {
   for (int64_t column = 0; column < columns; column += kPanelVectors * kLanes<T>) {
-    product_columns<kRows>(rows, depth, column, columns, a, lda, packed, init, done);
+    product_columns<kRows>(rows, depth, column, columns, a, lda, packed, init, done, beside);
   }
 }
 

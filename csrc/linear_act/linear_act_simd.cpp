@@ -9,16 +9,24 @@ namespace {
 // Rows whose numbers stay in the second-level cache while all panels of columns go over them.
 constexpr int64_t kChunk = 192;
 
-// Rows [begin, begin + rows) of x (rows, depth), where columns fill whole vectors.
+// Rows of the left side: of x and of what is beside it.
 template <typename T>
-void whole_rows(const LinearActArgs<T>& args, const T* x, int64_t begin, int64_t rows) {
+struct Rows {
+  const T* x;
+  int64_t depth;
+  Beside<T> beside;
+};
+
+// Rows [begin, begin + rows), where columns fill whole vectors.
+template <typename T>
+void whole_rows(const LinearActArgs<T>& args, const Rows<T>& left, int64_t begin, int64_t rows) {
   const int64_t columns = args.columns;
   const auto run = [=](const auto& start) {
     const auto done = [=, y = args.y + begin * columns, slope = args.negative_slope](
                           int64_t row, int64_t column, Vector<T> sum) {
       store(y + row * columns + column, leaky_relu(sum, slope));
     };
-    product(rows, args.depth, columns, x, args.depth, args.weight, start, done);
+    product(rows, left.depth, columns, left.x, left.depth, args.weight, start, done, left.beside);
   };
   const T *bias = args.bias, *rest = args.rest;
   if (!rest) return run([=](int64_t, int64_t column) { return load(bias + column); });
@@ -34,7 +42,7 @@ void whole_rows(const LinearActArgs<T>& args, const T* x, int64_t begin, int64_t
 
 // The same for any columns and the first `valid` rows, by way of a tile (rows, columns_padded).
 template <typename T>
-void some_rows(const LinearActArgs<T>& args, const T* x, int64_t begin, int64_t rows, int64_t valid,
+void some_rows(const LinearActArgs<T>& args, const Rows<T>& left, int64_t begin, int64_t rows, int64_t valid,
                T* tile) {
   const int64_t columns = args.columns, width = args.columns_padded;
   for (int64_t row = 0; row < rows; ++row) {
@@ -44,11 +52,12 @@ void some_rows(const LinearActArgs<T>& args, const T* x, int64_t begin, int64_t 
     for (int64_t column = 0; column < columns; ++column) tile[row * width + column] += added[column];
   }
   product(
-      rows, args.depth, width, x, args.depth, args.weight,
+      rows, left.depth, width, left.x, left.depth, args.weight,
       [=](int64_t row, int64_t column) { return load(tile + row * width + column); },
       [=, slope = args.negative_slope](int64_t row, int64_t column, Vector<T> sum) {
         store(tile + row * width + column, leaky_relu(sum, slope));
-      });
+      },
+      left.beside);
   for (int64_t row = 0; row < valid; ++row)
     std::copy_n(tile + row * width, columns, args.y + (begin + row) * columns);
 }
@@ -57,28 +66,28 @@ template <typename T>
 void linear_act(const LinearActArgs<T>& args, int64_t begin, int64_t end) {
   const int64_t own = args.own_depth, other = args.depth - own;
   const bool is_whole = args.columns == args.columns_padded;
-  Scratch<T> copy((args.beside ? kChunk : kRowBlock) * args.depth);
   Scratch<T> tile((is_whole ? kRowBlock : kChunk) * args.columns_padded);
-  // Rows from `begin` on, the last one as often as it takes to fill up.
-  const auto copied = [&](int64_t rows) {
-    for (int64_t row = 0; row < rows; ++row) {
-      const int64_t from = std::min(begin + row, end - 1);
-      T* target = std::copy_n(args.x + from * own, own, copy.row(row * args.depth));
-      if (args.beside) std::copy_n(args.beside + from * other, other, target);
-    }
-    return copy.get();
-  };
   for (; end - begin >= kRowBlock;) {
     const int64_t rows = std::min(kChunk, (end - begin) / kRowBlock * kRowBlock);
-    const T* x = args.beside ? copied(rows) : args.x + begin * own;
+    Rows<T> left{args.x + begin * own, own, {}};
+    if (args.beside) left.beside = {args.beside + begin * other, other, other};
     if (is_whole) {
-      whole_rows(args, x, begin, rows);
+      whole_rows(args, left, begin, rows);
     } else {
-      some_rows(args, x, begin, rows, rows, tile.get());
+      some_rows(args, left, begin, rows, rows, tile.get());
     }
     begin += rows;
   }
-  if (begin < end) some_rows(args, copied(kRowBlock), begin, kRowBlock, end - begin, tile.get());
+  if (begin == end) return;
+  // The last row as often as it takes to fill a block.
+  Scratch<T> copy(kRowBlock * args.depth);
+  T* beside = copy.row(kRowBlock * own);
+  for (int64_t row = 0; row < kRowBlock; ++row) {
+    const int64_t from = std::min(begin + row, end - 1);
+    std::copy_n(args.x + from * own, own, copy.row(row * own));
+    if (args.beside) std::copy_n(args.beside + from * other, other, beside + row * other);
+  }
+  some_rows(args, {copy.get(), own, {beside, other, other}}, begin, kRowBlock, end - begin, tile.get());
 }
 
 }  // namespace
