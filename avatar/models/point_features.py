@@ -26,7 +26,7 @@ NORM_EPS = 1e-6
 INPUT_WIDTH = 8
 HEAD_WIDTHS = (64, 32)
 # Points that go through the head at a time in evaluation.
-HEAD_ROWS = 8192
+HEAD_ROWS = 2**16
 
 
 @dataclass
@@ -53,13 +53,10 @@ class Pyramid:
             raise AvatarError(f"pyramid: got one of {self.num_points} points, wants {rows.shape[1]}")
         return rows.index_select(1, self.order)
 
-    def restore(self, *parts: Tensor) -> Tensor:
-        """Rows (B, N, C) of level 0, which may come in parts (B, n, C), in the order of the cloud."""
-        places = self.order.split([part.shape[1] for part in parts])
-        restored = parts[0].new_empty(parts[0].shape[0], self.num_points, parts[0].shape[2])
-        for part, place in zip(parts, places, strict=True):
-            restored = restored.index_copy_(1, place, part)
-        return restored
+    def restore(self, rows: Tensor) -> Tensor:
+        """Rows (B, N, C) of level 0 in the order of the cloud."""
+        numbers = torch.arange(len(self.order), device=self.order.device)
+        return rows.index_select(1, torch.empty_like(numbers).scatter_(0, self.order, numbers))
 
     def to(self, device: torch.device | str) -> "Pyramid":
         return Pyramid.from_tensors({name: tensor.to(device) for name, tensor in self.tensors().items()})
@@ -237,14 +234,10 @@ class RandLANet(nn.Module):
         Raises:
             AvatarError: a pyramid of another number of points or levels.
         """
-        return pyramid.restore(*self._parts(pyramid.arrange(points), pyramid.arrange(features), pyramid))
+        return pyramid.restore(self.arranged(pyramid.arrange(points), pyramid.arrange(features), pyramid))
 
     def arranged(self, points: Tensor, features: Tensor, pyramid: Pyramid) -> Tensor:
         """`forward` of points and features in the order of the pyramid's level 0, which the result keeps."""
-        return torch.cat(self._parts(points, features, pyramid), 1)
-
-    def _parts(self, points: Tensor, features: Tensor, pyramid: Pyramid) -> list[Tensor]:
-        """`arranged` in parts of its rows."""
         if len(pyramid.samples) != len(self.encoder):
             raise AvatarError(f"pyramid: got {len(pyramid.samples)} levels, wants {len(self.encoder)}")
         x = self.input.activated(features, NEGATIVE_SLOPE)
@@ -263,10 +256,11 @@ class RandLANet(nn.Module):
         layer, nearest, skip = last
         if self.head is None or uses_batch_statistics(layer.norm):
             x = layer.activated_with(skip, x, nearest, NEGATIVE_SLOPE)
-            return [x if self.head is None else self._scores(x)]
-        # In parts that stay in cache from layer to layer.
+            return x if self.head is None else self._scores(x)
+        # In parts whose layers share memory.
         parts = layer.activated_parts(skip, x, nearest, HEAD_ROWS, NEGATIVE_SLOPE)
-        return [self._scores(part) for part in parts]
+        scores = [self._scores(part) for part in parts]
+        return scores[0] if len(scores) == 1 else torch.cat(scores, 1)
 
     def _scores(self, x: Tensor) -> Tensor:
         for layer in self.head:
