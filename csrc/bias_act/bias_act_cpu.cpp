@@ -99,7 +99,8 @@ std::tuple<Tensor, Tensor> bias_act_backward_cpu(const Tensor& grad_in, const st
       for (int64_t row = begin; row < end; ++row) {
         const T* values = saved ? const_data<T>(*saved) + row * rows.size : nullptr;
         if (!biased.empty()) {
-          for (int64_t i = 0; i < rows.size; ++i) biased[i] = values[i] + const_data<T>(*bias)[i];
+          const T* added = const_data<T>(*bias);
+          for (int64_t i = 0; i < rows.size; ++i) biased[i] = values[i] + added[i];
           values = biased.data();
         }
         const BiasActBackwardRow<T> args{const_data<T>(grad) + row * rows.size,

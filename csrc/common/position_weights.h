@@ -38,7 +38,7 @@ class PositionWeights {
     mlp_.widest = mlp_.code_padded;
     for (int64_t l = 0; l < depth_; ++l) {
       weights_.push_back(to_compute(weights[l]));
-      weight_data_.push_back(const_data<T>(weights_.back()));
+      given_.push_back({const_data<T>(weights_.back()), weights_.back().size(0), weights_.back().size(1)});
       biases_.push_back(to_compute(biases[l]));
       add_layer(l);
     }
@@ -122,9 +122,15 @@ class PositionWeights {
   }
 
  private:
+  // A layer's weight, not padded.
+  struct Given {
+    const T* weight;
+    int64_t rows, columns;
+  };
+
   T at(int64_t l, int64_t row, int64_t column) const {
-    const int64_t rows = weights_[l].size(0), columns = weights_[l].size(1);
-    return row < rows && column < columns ? weight_data_[l][row * columns + column] : T(0);
+    const Given& given = given_[l];
+    return row < given.rows && column < given.columns ? given.weight[row * given.columns + column] : T(0);
   }
 
   void add_layer(int64_t l) {
@@ -172,7 +178,7 @@ class PositionWeights {
   Tensor points_;
   int64_t depth_, gradient_size_ = 0;
   std::vector<Tensor> weights_, biases_;
-  std::vector<const T*> weight_data_;
+  std::vector<Given> given_;
   std::vector<PositionLayer<T>> layers_;
   std::vector<Buffer<T>> packed_, transposed_;
   std::vector<T> center_weight_, from_center_, from_neighbor_;

@@ -48,9 +48,10 @@ std::tuple<Tensor, Tensor, Tensor> edge_moments_cpu(const Tensor& points_in, con
     covariance = torch::stable::new_empty(like, {channels, channels});
     mutable_data<double>(count)[0] = moments[0].count;
     std::copy_n(moments[0].mean, channels, mutable_data<double>(*mean));
+    double* entries = mutable_data<double>(*covariance);
     for (int64_t i = 0; i < channels; ++i) {
       for (int64_t j = 0; j < channels; ++j) {
-        mutable_data<double>(*covariance)[i * channels + j] =
+        entries[i * channels + j] =
             moments[0].scatter[i * width + j] / std::max(moments[0].count, 1.);
       }
     }

@@ -1,8 +1,25 @@
+#include <algorithm>
+
 #include "common/tile_layout.h"
 #include "linear_act/linear_act_simd.h"
 
 namespace avatar {
 namespace {
+
+// The first of `count` numbers outside [0, end), or -1.
+int64_t first_outside(const int64_t* numbers, int64_t count, int64_t end) {
+  constexpr int64_t kBlock = 1024;
+  const auto is_outside = [=](int64_t number) {
+    return static_cast<uint64_t>(number) >= static_cast<uint64_t>(end);
+  };
+  for (int64_t first = 0; first < count; first += kBlock) {
+    const int64_t last = std::min(first + kBlock, count);
+    uint64_t any = 0;
+    for (int64_t i = first; i < last; ++i) any |= is_outside(numbers[i]);
+    if (any) return std::find_if(numbers + first, numbers + last, is_outside) - numbers;
+  }
+  return -1;
+}
 
 // x (B, N, C), beside (B, N, D), weight (O, C + D), bias (O,), rest (B, M, O), places (N,) int64 -> (B, N,
 // O).
@@ -17,15 +34,12 @@ Tensor linear_act_cpu(const Tensor& x_in, const std::optional<Tensor>& beside_in
   if (places_in) places = torch::stable::contiguous(*places_in);
   const int64_t rows = x.size(1), own = x.size(2), columns = weight.size(0), depth = weight.size(1);
   const int64_t rest_rows = rest ? rest->size(1) : 0;
-  FirstBad bad;
-  for (int64_t row = 0; places && row < rows; ++row) {
-    const int64_t place = const_data<int64_t>(*places)[row];
-    if (place < 0 || place >= rest_rows) bad.report(row);
-  }
-  if (bad.found()) {
-    throw std::out_of_range("linear_act: places[" + std::to_string(bad.position()) +
-                            "] = " + std::to_string(const_data<int64_t>(*places)[bad.position()]) +
-                            "; expected an index in [0, " + std::to_string(rest_rows) + ")");
+  const int64_t* place = places ? const_data<int64_t>(*places) : nullptr;
+  const int64_t bad = place ? first_outside(place, rows, rest_rows) : -1;
+  if (bad >= 0) {
+    throw std::out_of_range("linear_act: places[" + std::to_string(bad) + "] = " +
+                            std::to_string(place[bad]) + "; expected an index in [0, " +
+                            std::to_string(rest_rows) + ")");
   }
   Tensor y = new_result(x, {x.size(0), rows, columns});
   if (y.numel() == 0) return to_type(y, x_in.scalar_type());
@@ -48,7 +62,7 @@ Tensor linear_act_cpu(const Tensor& x_in, const std::optional<Tensor>& beside_in
                                     packed.get(),
                                     padded_bias.data(),
                                     rest ? const_data<T>(*rest) + b * rest_rows * columns : nullptr,
-                                    places ? const_data<int64_t>(*places) : nullptr,
+                                    place,
                                     mutable_data<T>(y) + b * rows * columns,
                                     depth,
                                     own,
