@@ -8,6 +8,7 @@ from torch import Tensor
 from ._library import check_floating, check_neighbors, check_rank, define, forbid_second_derivative
 
 define("edge_max(Tensor features, Tensor neighbors) -> (Tensor values, Tensor argmax)")
+define("edge_max_values(Tensor features, Tensor neighbors) -> Tensor")
 define("edge_max_backward(Tensor grad, Tensor argmax, Tensor neighbors, SymInt num_points) -> Tensor")
 
 
@@ -38,6 +39,30 @@ def edge_max(features: Tensor, neighbors: Tensor) -> tuple[Tensor, Tensor]:
         return torch.ops.avatar_ops.edge_max(features, neighbors)
     values, argmax = torch.ops.avatar_ops.edge_max(features.unsqueeze(0), neighbors.unsqueeze(0))
     return values.squeeze(0), argmax.squeeze(0)
+
+
+def edge_max_values(features: Tensor, neighbors: Tensor) -> Tensor:
+    """The values of `edge_max` alone; faster where no gradient is wanted."""
+    if torch.is_grad_enabled() and isinstance(features, Tensor) and features.requires_grad:
+        return edge_max(features, neighbors)[0]
+    check_floating("features", features)
+    check_rank("features", features, (2, 3), "(B, N, C) or (N, C)")
+    neighbors = check_neighbors(neighbors, features)
+    if features.dim() == 3:
+        return torch.ops.avatar_ops.edge_max_values(features, neighbors)
+    return torch.ops.avatar_ops.edge_max_values(features.unsqueeze(0), neighbors.unsqueeze(0)).squeeze(0)
+
+
+@torch.library.register_fake("avatar_ops::edge_max_values")
+def _(features, neighbors):
+    return features.new_empty(neighbors.shape[0], neighbors.shape[1], features.shape[2])
+
+
+torch.library.impl(
+    "avatar_ops::edge_max_values",
+    "CUDA",
+    lambda features, neighbors: torch.ops.avatar_ops.edge_max(features, neighbors)[0],
+)
 
 
 @torch.library.register_fake("avatar_ops::edge_max")

@@ -15,6 +15,7 @@ from avatar.config import PointFeaturesConfig
 from avatar.errors import AvatarError
 from avatar.models.mlp import linear_macs
 from avatar.random import keyed_generator
+from avatar_ops.edge_max import edge_max_values
 from avatar_ops.linear_act import linear_act
 from avatar_ops.nearest_sampled import nearest_sampled
 from avatar_ops.nn import EdgeConv, LocalFeatureAggregation
@@ -246,7 +247,7 @@ class RandLANet(nn.Module):
             x = block(points, x, _for_batch(neighbors, x))
             if not skips:
                 skips.append(x)
-            x, _ = avatar_ops.edge_max(x, _for_batch(neighbors.index_select(0, sample), x))
+            x = edge_max_values(x, _for_batch(neighbors.index_select(0, sample), x))
             points = points.index_select(1, sample)
             skips.append(x)
         x = self.middle.activated(skips.pop(), NEGATIVE_SLOPE)

@@ -92,9 +92,12 @@ inline Register<T> maximum(Register<T> other, uint32_t mask, Register<T> a, Regi
 
 template <int kPredicate, typename T>
 inline uint32_t compare(Register<T> a, Register<T> b) {
-  static_assert(kPredicate == _CMP_NGT_UQ || kPredicate == _CMP_LT_OQ || kPredicate == _CMP_EQ_OQ, "add it");
+  static_assert(kPredicate == _CMP_NGT_UQ || kPredicate == _CMP_LT_OQ || kPredicate == _CMP_EQ_OQ ||
+                    kPredicate == _CMP_NEQ_UQ,
+                "add it");
   return where<T>(~0u, [&](int i) {
     if (kPredicate == _CMP_NGT_UQ) return !(a.lane[i] > b.lane[i]);
+    if (kPredicate == _CMP_NEQ_UQ) return a.lane[i] != b.lane[i];
     return kPredicate == _CMP_LT_OQ ? a.lane[i] < b.lane[i] : a.lane[i] == b.lane[i];
   });
 }

@@ -6,16 +6,15 @@
 namespace avatar {
 namespace {
 
-// features (B, N, C), neighbors (B, M, K) int64 -> values (B, M, C), argmax (B, M, C).
-std::tuple<Tensor, Tensor> edge_max_cpu(const Tensor& features_in, const Tensor& neighbors_in) {
+// The maxima of features (B, N, C) over neighbors (B, M, K) int64: (B, M, C); `argmax` the same, or null.
+Tensor max_over(const char* op, const Tensor& features_in, const Tensor& neighbors, const Tensor* argmax) {
   const Tensor features = to_compute(features_in);
-  const Tensor neighbors = torch::stable::contiguous(neighbors_in);
   const int64_t batch = features.size(0), num_points = features.size(1), channels = features.size(2);
   const int64_t rows = neighbors.size(1), k = neighbors.size(2);
   Tensor values = new_result(features, {batch, rows, channels});
-  Tensor argmax = new_result(neighbors, {batch, rows, channels});
+  int64_t* from = argmax ? mutable_data<int64_t>(*argmax) : nullptr;
   FirstBad bad;
-  dispatch_compute(features.scalar_type(), "edge_max", [&](auto zero) {
+  dispatch_compute(features.scalar_type(), op, [&](auto zero) {
     using T = decltype(zero);
     const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, k * channels));
     torch::stable::parallel_for(0, batch * rows, grain, [&](int64_t begin, int64_t end) {
@@ -25,7 +24,7 @@ std::tuple<Tensor, Tensor> edge_max_cpu(const Tensor& features_in, const Tensor&
         const EdgeMaxArgs<T> args{const_data<T>(features) + b * num_points * channels,
                                   const_data<int64_t>(neighbors) + b * rows * k,
                                   mutable_data<T>(values) + b * rows * channels,
-                                  mutable_data<int64_t>(argmax) + b * rows * channels,
+                                  from ? from + b * rows * channels : nullptr,
                                   num_points,
                                   channels,
                                   k};
@@ -36,8 +35,18 @@ std::tuple<Tensor, Tensor> edge_max_cpu(const Tensor& features_in, const Tensor&
       }
     });
   });
-  raise_bad_neighbor(bad, "edge_max", neighbors, num_points);
-  return {to_type(values, features_in.scalar_type()), argmax};
+  raise_bad_neighbor(bad, op, neighbors, num_points);
+  return to_type(values, features_in.scalar_type());
+}
+
+std::tuple<Tensor, Tensor> edge_max_cpu(const Tensor& features, const Tensor& neighbors_in) {
+  const Tensor neighbors = torch::stable::contiguous(neighbors_in);
+  const Tensor argmax = new_result(neighbors, {neighbors.size(0), neighbors.size(1), features.size(2)});
+  return {max_over("edge_max", features, neighbors, &argmax), argmax};
+}
+
+Tensor edge_max_values_cpu(const Tensor& features, const Tensor& neighbors) {
+  return max_over("edge_max_values", features, torch::stable::contiguous(neighbors), nullptr);
 }
 
 // Each task owns a range of channels of one cloud, so every sum is in row order whatever the threads; the
@@ -67,6 +76,7 @@ Tensor edge_max_backward_cpu(const Tensor& grad_in, const Tensor& argmax_in, con
 
 STABLE_TORCH_LIBRARY_IMPL(avatar_ops, CPU, m) {
   m.impl("edge_max", TORCH_BOX(&edge_max_cpu));
+  m.impl("edge_max_values", TORCH_BOX(&edge_max_values_cpu));
   m.impl("edge_max_backward", TORCH_BOX(&edge_max_backward_cpu));
 }
 

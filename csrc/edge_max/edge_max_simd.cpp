@@ -1,6 +1,7 @@
 #include "edge_max/edge_max_simd.h"
 
 #include <algorithm>
+#include <type_traits>
 
 #include "common/vector.h"
 
@@ -12,6 +13,50 @@ namespace {
 constexpr int64_t kAhead = 32;
 constexpr int64_t kMostVectors = 4;
 
+// The larger lanes, those of b where neither is larger.
+template <typename T>
+inline Vector<T> larger(Vector<T> a, Vector<T> b) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float>) return _mm512_maskz_max_ps(0xffff, a, b);
+#endif
+  return a > b ? a : b;
+}
+
+template <typename T>
+inline bool has_nan(Vector<T> value) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float>) return _mm512_cmp_ps_mask(value, value, _CMP_NEQ_UQ) != 0;
+#endif
+  const Index<T> unordered = value != value;
+  typename Lanes<T>::Integer any = 0;
+  for (int64_t lane = 0; lane < Lanes<T>::kCount; ++lane) any |= unordered[lane];
+  return any != 0;
+}
+
+// The maxima of kVectors whole vectors of channels, unless there may be a NaN among them.
+template <int kVectors, typename T>
+inline bool max_numbers(const EdgeMaxArgs<T>& args, int64_t row, const int32_t* slots, int64_t count,
+                        int64_t first) {
+  constexpr int64_t kLanes = Lanes<T>::kCount;
+  const T* features = args.features + first;
+  const int64_t channels = args.channels, *neighbors = args.neighbors + row * args.k;
+  Vector<T> most[kVectors], sums[kVectors];
+  for (int v = 0; v < kVectors; ++v)
+    sums[v] = most[v] = load(features + neighbors[slots[0]] * channels + v * kLanes);
+  for (int64_t i = 1; i < count; ++i) {
+    const T* source = features + neighbors[slots[i]] * channels;
+    for (int v = 0; v < kVectors; ++v) {
+      const Vector<T> value = load(source + v * kLanes);
+      most[v] = larger<T>(value, most[v]);
+      sums[v] += value;
+    }
+  }
+  for (int v = 1; v < kVectors; ++v) sums[0] += sums[v];
+  if (has_nan<T>(sums[0])) return false;
+  for (int v = 0; v < kVectors; ++v) store(args.values + row * channels + first + v * kLanes, most[v]);
+  return true;
+}
+
 // The maxima of kVectors vectors of channels from `first` on, whole or fewer, and where they are from.
 // `slots` names those that hold a neighbour.
 template <int kVectors, bool kWhole, typename T>
@@ -19,6 +64,9 @@ inline void max_channels(const EdgeMaxArgs<T>& args, int64_t row, const int32_t*
                          int64_t first) {
   constexpr int64_t kLanes = Lanes<T>::kCount;
   using Slot = typename Lanes<T>::Integer;
+  if constexpr (kWhole) {
+    if (!args.argmax && max_numbers<kVectors>(args, row, slots, count, first)) return;
+  }
   const int64_t channels = args.channels;
   const int64_t* neighbors = args.neighbors + row * args.k;
   const T* end = args.features + args.num_points * channels;
@@ -43,6 +91,7 @@ inline void max_channels(const EdgeMaxArgs<T>& args, int64_t row, const int32_t*
   for (int v = 0; v < kVectors; ++v) {
     const int64_t c = first + v * kLanes, left = kWhole ? kLanes : channels - c;
     store_some(args.values + row * channels + c, most[v], left);
+    if (!args.argmax) continue;
     Slot lanes[kLanes];
     __builtin_memcpy(lanes, &from[v], sizeof lanes);
     int64_t* argmax = args.argmax + row * channels + c;
@@ -69,7 +118,7 @@ int64_t max_rows(const EdgeMaxArgs<T>& args, int64_t begin, int64_t end, int32_t
     }
     if (count == 0) {
       std::fill_n(args.values + row * channels, channels, T(0));
-      std::fill_n(args.argmax + row * channels, channels, int64_t(-1));
+      if (args.argmax) std::fill_n(args.argmax + row * channels, channels, int64_t(-1));
       continue;
     }
     int64_t c = 0;

@@ -12,7 +12,7 @@ struct EdgeMaxArgs {
   const T* features;         // (num_points, channels)
   const int64_t* neighbors;  // (rows, k), -1 for none
   T* values;                 // (rows, channels)
-  int64_t* argmax;           // (rows, channels)
+  int64_t* argmax;           // (rows, channels), or null
   int64_t num_points, channels, k;
 };
 

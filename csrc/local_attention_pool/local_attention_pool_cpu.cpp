@@ -40,10 +40,14 @@ struct Pool {
         scores(const_data<T>(score_weight)),
         position(layout, points, weights, biases, slope) {
     const T factor = static_cast<T>(score_factor);
-    feature_weight =
-        layout.pack(channels_padded, hidden, [&](int64_t c, int64_t q) { return factor * at(q, c); });
+    const int64_t width = channels + position_channels;
+    std::vector<const T*> rows(hidden);
+    for (int64_t q = 0; q < hidden; ++q) rows[q] = channel(q) < 0 ? nullptr : scores + channel(q) * width;
+    feature_weight = layout.pack(channels_padded, hidden, [&](int64_t c, int64_t q) {
+      return rows[q] && c < channels ? factor * rows[q][c] : T(0);
+    });
     position_weight = layout.pack(position_padded, hidden, [&](int64_t p, int64_t q) {
-      return factor * at(q, channels_padded + p);
+      return rows[q] && p < position_channels ? factor * rows[q][channels + p] : T(0);
     });
   }
 

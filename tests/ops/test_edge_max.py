@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import avatar_ops
+from avatar_ops.edge_max import edge_max_values
 
 INF, NAN = math.inf, math.nan
 
@@ -103,3 +104,34 @@ def test_equals_brute_force(backward, graph):
                 gradient[chosen, c] += 1
     if backward:
         assert torch.equal(torch.autograd.grad(values.sum(), features)[0], gradient)
+
+
+@pytest.mark.parametrize("channels", [1, 7, 16, 33, 130])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_values_alone_are_the_values(channels, dtype, isa):
+    features = torch.randn(2, 40, channels).to(dtype)
+    features[0, 3], features[0, 4], features[1, 5] = INF, -INF, NAN
+    neighbors = torch.randint(-1, 40, (2, 60, 5))
+    neighbors[:, 0] = -1
+    expected, _ = avatar_ops.edge_max(features, neighbors)
+    assert torch.equal(edge_max_values(features, neighbors).nan_to_num(7), expected.nan_to_num(7))
+    assert torch.equal(edge_max_values(features[0], neighbors[0]), expected[0])
+
+
+def test_values_alone_have_a_gradient_where_one_is_wanted():
+    features = torch.randn(9, 4, dtype=torch.float64, requires_grad=True)
+    neighbors = torch.randint(9, (6, 3))
+    assert torch.autograd.gradcheck(lambda f: edge_max_values(f, neighbors), features)
+    assert not edge_max_values(features.detach(), neighbors).requires_grad
+
+
+def test_values_alone_pass_opcheck_and_reject_what_edge_max_does():
+    features, neighbors = torch.randn(2, 9, 20), torch.randint(-1, 9, (2, 6, 3))
+    torch.library.opcheck(torch.ops.avatar_ops.edge_max_values.default, (features, neighbors))
+    with pytest.raises(TypeError, match="features"):
+        edge_max_values(features.int(), neighbors)
+    with pytest.raises(ValueError, match="features"):
+        edge_max_values(features[None], neighbors)
+    neighbors[1, 2, 0] = 9
+    with pytest.raises(IndexError, match=r"neighbors\[1, 2, 0\] = 9"):
+        edge_max_values(features, neighbors)
