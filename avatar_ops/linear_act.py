@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,6 +22,10 @@ from ._library import (
 define(
     "linear_act(Tensor x, Tensor? beside, Tensor weight, Tensor? bias, Tensor? rest, Tensor? places, "
     "float negative_slope) -> Tensor"
+)
+define(
+    "linear_act_layers(Tensor x, Tensor? beside, Tensor[] weights, Tensor[] biases, Tensor? rest, "
+    "Tensor? places, float[] negative_slopes) -> Tensor"
 )
 
 
@@ -88,6 +94,95 @@ def linear_act(
     return y.squeeze(0)
 
 
+def linear_act_layers(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    negative_slopes: Sequence[float],
+    *,
+    beside: Tensor | None = None,
+    rest: Tensor | None = None,
+    places: Tensor | None = None,
+) -> Tensor:
+    """One `linear_act` after the other, on the CPU without the tensors in between where no gradient is wanted.
+
+    `rest` with `places` goes with the first layer, `beside` with the last; at least one layer.
+
+    Args:
+        x: (B, N, C).   weights: (O_l, I_l) each.   biases: (O_l,) each.   negative_slopes: of each layer.
+        beside, rest, places: as for `linear_act`, in three dimensions.
+
+    Returns:
+        (B, N, O) of the last layer; half types keep float32 between the layers on the CPU.
+
+    Raises:
+        What `linear_act` does, of the arguments of one layer.
+    """
+    slopes = [check_slope(slope) for slope in negative_slopes]
+    tensors = [x, beside, rest, *weights, *biases]
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        last = len(slopes) - 1
+        for n, (weight, bias, slope) in enumerate(zip(weights, biases, slopes, strict=True)):
+            first = {"rest": rest, "places": places} if n == 0 else {}
+            x = linear_act(
+                x, weight, bias, negative_slope=slope, beside=beside if n == last else None, **first
+            )
+        return x
+    check_floating("x", x)
+    check_rank("x", x, (3,), "(B, N, C)")
+    if not len(weights) == len(biases) == len(slopes) > 0:
+        raise ValueError(
+            f"weights: got {len(weights)} with {len(biases)} biases and {len(slopes)} slopes, expected as "
+            "many of each, at least one"
+        )
+    inputs, rows = x.shape[-1], x.shape[:-1]
+    for n, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        if n == len(slopes) - 1 and beside is not None:
+            check_floating("beside", beside, x)
+            check_shape("beside", beside, (*rows, None), "(B, N, D)")
+            inputs += beside.shape[-1]
+        for name, value, shape, meaning in (
+            (f"weights[{n}]", weight, (None, inputs), "(O, I)"),
+            (f"biases[{n}]", bias, (weight.shape[0],), "(O,)"),
+        ):
+            check_floating(name, value, x)
+            check_shape(name, value, shape, meaning)
+            check_device(name, value, x)
+        inputs = weight.shape[0]
+    if rest is not None:
+        check_floating("rest", rest, x)
+        own = rows[1] if places is None else None
+        check_shape("rest", rest, (rows[0], own, weights[0].shape[0]), "(B, M, O)")
+    if places is not None:
+        if rest is None:
+            raise ValueError("places: got some without rest, expected rows for them to name")
+        check_index("places", places)
+        check_shape("places", places, (rows[1],), "(N,)")
+        places = places.long()
+    for name, value in (("beside", beside), ("rest", rest), ("places", places)):
+        if value is not None:
+            check_device(name, value, x)
+    return torch.ops.avatar_ops.linear_act_layers(
+        x, beside, list(weights), list(biases), rest, places, slopes
+    )
+
+
+@torch.library.register_fake("avatar_ops::linear_act_layers")
+def _(x, beside, weights, biases, rest, places, negative_slopes):
+    return x.new_empty(x.shape[0], x.shape[1], weights[-1].shape[0])
+
+
+def _linear_act_layers_cuda(x, beside, weights, biases, rest, places, negative_slopes):
+    last = len(weights) - 1
+    for n, (weight, bias, slope) in enumerate(zip(weights, biases, negative_slopes, strict=True)):
+        first = (rest, places) if n == 0 else (None, None)
+        x = _linear_act_cuda(x, beside if n == last else None, weight, bias, *first, slope)
+    return x
+
+
+torch.library.impl("avatar_ops::linear_act_layers", "CUDA", _linear_act_layers_cuda)
+
+
 @torch.library.register_fake("avatar_ops::linear_act")
 def _(x, beside, weight, bias, rest, places, negative_slope):
     return x.new_empty(x.shape[0], x.shape[1], weight.shape[0])
@@ -133,4 +228,5 @@ def _backward(ctx, grad):
 
 
 torch.library.register_autograd("avatar_ops::linear_act", _backward, setup_context=_setup_context)
-autocast_to_active("linear_act")
+for _name in ("linear_act", "linear_act_layers"):
+    autocast_to_active(_name)

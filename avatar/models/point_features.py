@@ -16,7 +16,7 @@ from avatar.errors import AvatarError
 from avatar.models.mlp import linear_macs
 from avatar.random import keyed_generator
 from avatar_ops.edge_max import edge_max_values
-from avatar_ops.linear_act import linear_act
+from avatar_ops.linear_act import linear_act_layers
 from avatar_ops.nearest_sampled import nearest_sampled
 from avatar_ops.nn import EdgeConv, LocalFeatureAggregation
 from avatar_ops.nn.batch_norm import uses_batch_statistics
@@ -26,8 +26,6 @@ NEGATIVE_SLOPE = 0.2
 NORM_EPS = 1e-6
 INPUT_WIDTH = 8
 HEAD_WIDTHS = (64, 32)
-# Points that go through the head at a time in evaluation.
-HEAD_ROWS = 2**16
 
 
 @dataclass
@@ -255,18 +253,17 @@ class RandLANet(nn.Module):
         for layer, nearest, skip in decoder:
             x = layer.activated_with(skip, x, nearest, NEGATIVE_SLOPE)
         layer, nearest, skip = last
-        if self.head is None or uses_batch_statistics(layer.norm):
+        layers = [layer, *(self.head or [])]
+        if self.head is None or self.training or any(uses_batch_statistics(each.norm) for each in layers):
             x = layer.activated_with(skip, x, nearest, NEGATIVE_SLOPE)
-            return x if self.head is None else self._scores(x)
-        # In parts whose layers share memory.
-        parts = layer.activated_parts(skip, x, nearest, HEAD_ROWS, NEGATIVE_SLOPE)
-        scores = [self._scores(part) for part in parts]
-        return scores[0] if len(scores) == 1 else torch.cat(scores, 1)
-
-    def _scores(self, x: Tensor) -> Tensor:
-        for layer in self.head:
-            x = layer.activated(x, NEGATIVE_SLOPE)
-        return linear_act(self.dropout(x), self.classifier.weight, self.classifier.bias)
+            for each in layers[1:]:
+                x = each.activated(x, NEGATIVE_SLOPE)
+            return x if self.head is None else self.classifier(self.dropout(x))
+        *first, mapped = layer.fold_with(skip, x)
+        folded = [first, *(each.running_fold() for each in layers[1:])]
+        weights, biases = zip(*folded, (self.classifier.weight, self.classifier.bias), strict=True)
+        slopes = [NEGATIVE_SLOPE] * len(folded) + [1]
+        return linear_act_layers(skip, weights, biases, slopes, rest=mapped, places=nearest)
 
     def macs(self, num_points: int, num_neighbors: int = 16) -> dict[str, int]:
         """Multiply-accumulates of the linear layers for one cloud, by part.

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._library import check_slope, is_size
 from ..edge_moments import edge_moments
-from ..linear_act import linear_act
+from ..linear_act import linear_act, linear_act_layers
 from ..local_attention_pool import local_attention_pool
 from .batch_norm import track, uses_batch_statistics
 
@@ -42,19 +40,14 @@ class LinearNorm(nn.Module):
         """
         if uses_batch_statistics(self.norm):
             return self.activated(torch.cat([x, rest.index_select(1, places)], -1), negative_slope)
-        return next(self.activated_parts(x, rest, places, max(len(places), 1), negative_slope))
+        weight, bias, mapped = self.fold_with(x, rest)
+        return linear_act(x, weight, bias, rest=mapped, places=places, negative_slope=negative_slope)
 
-    def activated_parts(
-        self, x: Tensor, rest: Tensor, places: Tensor, rows: int, negative_slope: float
-    ) -> Iterator[Tensor]:
-        """`activated_with` by running statistics, `rows` points after the other."""
+    def fold_with(self, x: Tensor, rest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of `activated_with` in evaluation: weight of x, bias, and what `rest` adds."""
         weight, bias = self.running_fold()
         width = x.shape[-1]
-        mapped = linear_act(rest, weight[:, width:], bias)
-        for part, place in zip(x.split(rows, 1), places.split(rows), strict=True):
-            yield linear_act(
-                part, weight[:, :width], rest=mapped, places=place, negative_slope=negative_slope
-            )
+        return weight[:, :width], bias, linear_act(rest, weight[:, width:])
 
     def running_fold(self) -> tuple[Tensor, Tensor]:
         """`fold` by the running statistics."""
@@ -153,7 +146,9 @@ class LocalFeatureAggregation(nn.Module):
         for layer in self.encode:
             weight, bias = self._encoding(layer, points, neighbors, weights, biases)
             weights, biases = [*weights, weight], [*biases, bias]
-        x = self.reduce.activated(features, self.negative_slope)
+        slope, expand, shortcut = self.negative_slope, self.expand, self.shortcut
+        last = (self.attend[1], expand, shortcut)
+        x = self.reduce.activated(features, slope)
         for depth, (score, attend) in enumerate(zip(self.scores, self.attend, strict=True), start=1):
             x = local_attention_pool(
                 points,
@@ -162,16 +157,21 @@ class LocalFeatureAggregation(nn.Module):
                 weights[:depth],
                 biases[:depth],
                 score.weight,
-                negative_slope=self.negative_slope,
+                negative_slope=slope,
             )
-            x = attend.activated(x, self.negative_slope)
-        expand, shortcut = self.expand, self.shortcut
-        if uses_batch_statistics(expand.norm) or uses_batch_statistics(shortcut.norm):
-            return F.leaky_relu(expand(x) + shortcut(features), self.negative_slope, inplace=True)
-        weights, biases = zip(expand.running_fold(), shortcut.running_fold(), strict=True)
-        return linear_act(
-            x, torch.cat(weights, 1), sum(biases), beside=features, negative_slope=self.negative_slope
+            if depth == 1:
+                x = attend.activated(x, slope)
+        if any(uses_batch_statistics(layer.norm) for layer in last):
+            x = self.attend[1].activated(x, slope)
+            return F.leaky_relu(expand(x) + shortcut(features), slope, inplace=True)
+        (weight, bias), *sides = (layer.running_fold() for layer in last)
+        weights, biases = zip(*sides, strict=True)
+        batched = x.dim() == 3
+        x, features = (rows if batched else rows.unsqueeze(0) for rows in (x, features))
+        result = linear_act_layers(
+            x, [weight, torch.cat(weights, 1)], [bias, sum(biases)], [slope, slope], beside=features
         )
+        return result if batched else result.squeeze(0)
 
     def _encoding(
         self,

@@ -21,55 +21,101 @@ int64_t first_outside(const int64_t* numbers, int64_t count, int64_t end) {
   return -1;
 }
 
-// x (B, N, C), beside (B, N, D), weight (O, C + D), bias (O,), rest (B, M, O), places (N,) int64 -> (B, N,
-// O).
-Tensor linear_act_cpu(const Tensor& x_in, const std::optional<Tensor>& beside_in, const Tensor& weight_in,
-                      const std::optional<Tensor>& bias_in, const std::optional<Tensor>& rest_in,
-                      const std::optional<Tensor>& places_in, double negative_slope) {
-  const Tensor x = to_compute(x_in), weight = to_compute(weight_in);
-  std::optional<Tensor> beside, bias, rest, places;
+// Rows that go through all layers together, so that what is between them stays in cache.
+constexpr int64_t kChunk = 192;
+
+template <typename T>
+struct Layer {
+  TileLayout<T> layout;
+  int64_t depth, columns, columns_padded;
+  Buffer<T> weight;
+  std::vector<T> bias;
+  T slope;
+
+  Layer(const Tensor& weight_in, const std::optional<Tensor>& bias_in, double negative_slope)
+      : layout(TileLayout<T>::of({weight_in.size(0)})),
+        depth(weight_in.size(1)),
+        columns(weight_in.size(0)),
+        columns_padded(layout.padded(columns)),
+        bias(columns_padded, T(0)),
+        slope(static_cast<T>(negative_slope)) {
+    const Tensor given = to_compute(weight_in);
+    const T* numbers = const_data<T>(given);
+    weight = layout.pack(depth, columns_padded, [&](int64_t c, int64_t o) {
+      return o < columns ? numbers[o * depth + c] : T(0);
+    });
+    if (bias_in) std::copy_n(const_data<T>(to_compute(*bias_in)), columns, bias.begin());
+  }
+
+  void run(LinearActArgs<T> args, int64_t begin, int64_t end) const {
+    args.weight = weight.get();
+    args.bias = bias.data();
+    args.depth = depth;
+    args.columns = columns;
+    args.columns_padded = columns_padded;
+    args.negative_slope = slope;
+    AVATAR_ISA_CALL_OF(layout.isa, linear_act_rows, args, begin, end);
+  }
+};
+
+// x (B, N, C) through layers of weights (O_l, .) and biases (O_l,) or none: (B, N, O). rest (B, M, O_1) with
+// places (N,) int64 is added in the first layer, beside (B, N, D) are the last columns of the last one's
+// input.
+Tensor through_layers(const char* op, const Tensor& x_in, const std::optional<Tensor>& beside_in,
+                      const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& biases,
+                      const std::optional<Tensor>& rest_in, const std::optional<Tensor>& places_in,
+                      const std::vector<double>& negative_slopes) {
+  const Tensor x = to_compute(x_in);
+  std::optional<Tensor> beside, rest, places;
   if (beside_in) beside = to_compute(*beside_in);
-  if (bias_in) bias = to_compute(*bias_in);
   if (rest_in) rest = to_compute(*rest_in);
   if (places_in) places = torch::stable::contiguous(*places_in);
-  const int64_t rows = x.size(1), own = x.size(2), columns = weight.size(0), depth = weight.size(1);
-  const int64_t rest_rows = rest ? rest->size(1) : 0;
+  const int64_t batch = x.size(0), rows = x.size(1), own = x.size(2);
+  const int64_t count = static_cast<int64_t>(weights.size()), columns = weights.back().size(0);
+  const int64_t rest_rows = rest ? rest->size(1) : 0, other = beside ? beside->size(2) : 0;
   const int64_t* place = places ? const_data<int64_t>(*places) : nullptr;
   const int64_t bad = place ? first_outside(place, rows, rest_rows) : -1;
   if (bad >= 0) {
-    throw std::out_of_range("linear_act: places[" + std::to_string(bad) + "] = " +
-                            std::to_string(place[bad]) + "; expected an index in [0, " +
+    throw std::out_of_range(std::string(op) + ": places[" + std::to_string(bad) +
+                            "] = " + std::to_string(place[bad]) + "; expected an index in [0, " +
                             std::to_string(rest_rows) + ")");
   }
-  Tensor y = new_result(x, {x.size(0), rows, columns});
+  Tensor y = new_result(x, {batch, rows, columns});
   if (y.numel() == 0) return to_type(y, x_in.scalar_type());
-  dispatch_compute(x.scalar_type(), "linear_act", [&](auto zero) {
+  dispatch_compute(x.scalar_type(), op, [&](auto zero) {
     using T = decltype(zero);
-    const TileLayout<T> layout = TileLayout<T>::of({columns});
-    const int64_t columns_padded = layout.padded(columns);
-    const T* numbers = const_data<T>(weight);
-    const Buffer<T> packed = layout.pack(depth, columns_padded, [&](int64_t c, int64_t o) {
-      return o < columns ? numbers[o * depth + c] : T(0);
-    });
-    std::vector<T> padded_bias(columns_padded, T(0));
-    if (bias) std::copy_n(const_data<T>(*bias), columns, padded_bias.begin());
-    const int64_t grain = std::max<int64_t>(48, (1 << 18) / std::max<int64_t>(1, depth * columns));
-    torch::stable::parallel_for(0, x.size(0) * rows, grain, [&](int64_t begin, int64_t end) {
+    std::vector<Layer<T>> layers;
+    int64_t widest = 0, work = 0;
+    for (int64_t l = 0; l < count; ++l) {
+      layers.emplace_back(weights[l], biases[l], negative_slopes[l]);
+      widest = std::max(widest, layers[l].columns);
+      work += layers[l].depth * layers[l].columns;
+    }
+    const T *inputs = const_data<T>(x), *others = beside ? const_data<T>(*beside) : nullptr;
+    const T* added = rest ? const_data<T>(*rest) : nullptr;
+    T* outputs = mutable_data<T>(y);
+    const int64_t grain = std::max<int64_t>(48, (1 << 18) / std::max<int64_t>(1, work));
+    torch::stable::parallel_for(0, batch * rows, grain, [&](int64_t begin, int64_t end) {
+      const int64_t size = count > 1 ? kChunk * widest : 0;
+      const Buffer<T> between = buffer<T>(2 * size);
       while (begin < end) {
-        const int64_t b = begin / rows, stop = std::min(end, (b + 1) * rows);
-        const LinearActArgs<T> args{const_data<T>(x) + b * rows * own,
-                                    beside ? const_data<T>(*beside) + b * rows * (depth - own) : nullptr,
-                                    packed.get(),
-                                    padded_bias.data(),
-                                    rest ? const_data<T>(*rest) + b * rest_rows * columns : nullptr,
-                                    place,
-                                    mutable_data<T>(y) + b * rows * columns,
-                                    depth,
-                                    own,
-                                    columns,
-                                    columns_padded,
-                                    static_cast<T>(negative_slope)};
-        AVATAR_ISA_CALL_OF(layout.isa, linear_act_rows, args, begin - b * rows, stop - b * rows);
+        const int64_t b = begin / rows, first = begin - b * rows;
+        int64_t stop = std::min(end, (b + 1) * rows);
+        if (count > 1) stop = std::min(stop, begin + kChunk);
+        LinearActArgs<T> args{};
+        args.x = inputs + begin * own;
+        for (int64_t l = 0; l < count; ++l) {
+          const bool last = l == count - 1;
+          args.own_depth = layers[l].depth - (last ? other : 0);
+          args.beside = last && others ? others + begin * other : nullptr;
+          args.rest = l > 0 || !added ? nullptr
+                      : place         ? added + b * rest_rows * layers[l].columns
+                                      : added + begin * layers[l].columns;
+          args.places = l == 0 && place ? place + first : nullptr;
+          args.y = last ? outputs + begin * columns : between.get() + l % 2 * size;
+          layers[l].run(args, 0, stop - begin);
+          args.x = args.y;
+        }
         begin = stop;
       }
     });
@@ -77,10 +123,25 @@ Tensor linear_act_cpu(const Tensor& x_in, const std::optional<Tensor>& beside_in
   return to_type(y, x_in.scalar_type());
 }
 
+Tensor linear_act_cpu(const Tensor& x, const std::optional<Tensor>& beside, const Tensor& weight,
+                      const std::optional<Tensor>& bias, const std::optional<Tensor>& rest,
+                      const std::optional<Tensor>& places, double negative_slope) {
+  return through_layers("linear_act", x, beside, {weight}, {bias}, rest, places, {negative_slope});
+}
+
+Tensor linear_act_layers_cpu(const Tensor& x, const std::optional<Tensor>& beside,
+                             std::vector<Tensor> weights, std::vector<Tensor> biases,
+                             const std::optional<Tensor>& rest, const std::optional<Tensor>& places,
+                             std::vector<double> negative_slopes) {
+  return through_layers("linear_act_layers", x, beside, weights, {biases.begin(), biases.end()}, rest, places,
+                        negative_slopes);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(avatar_ops, CPU, m) {
   m.impl("linear_act", TORCH_BOX(&linear_act_cpu));
+  m.impl("linear_act_layers", TORCH_BOX(&linear_act_layers_cpu));
 }
 
 }  // namespace avatar

@@ -45,9 +45,21 @@ template <typename T>
 void some_rows(const LinearActArgs<T>& args, const Rows<T>& left, int64_t begin, int64_t rows, int64_t valid,
                T* tile) {
   const int64_t columns = args.columns, width = args.columns_padded;
+  if (!args.rest) {
+    return product(
+        rows, left.depth, width, left.x, left.depth, args.weight,
+        [bias = args.bias](int64_t, int64_t column) { return load(bias + column); },
+        [=, y = args.y + begin * columns, slope = args.negative_slope](int64_t row, int64_t column,
+                                                                       Vector<T> sum) {
+          if (row < valid) {
+            store_some(y + row * columns + column, leaky_relu(sum, slope), columns - column);
+          }
+        },
+        left.beside);
+  }
   for (int64_t row = 0; row < rows; ++row) {
     std::copy_n(args.bias, width, tile + row * width);
-    if (!args.rest || row >= valid) continue;
+    if (row >= valid) continue;
     const T* added = args.rest + (args.places ? args.places[begin + row] : begin + row) * columns;
     for (int64_t column = 0; column < columns; ++column) tile[row * width + column] += added[column];
   }
