@@ -187,12 +187,15 @@ def check_slope(negative_slope) -> float:
 
 def check_shape(name: str, value: Tensor, expected: Sequence[int | None], meaning: str) -> None:
     """ValueError unless the shape of `value` is `expected`, where None admits any size."""
-    fits = value.dim() == len(expected)
-    if not fits or any(
-        want is not None and size != want for size, want in zip(value.shape, expected, strict=True)
-    ):
-        sizes = ", ".join("*" if want is None else str(want) for want in expected)
-        raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected {meaning} = ({sizes})")
+    # Small ops are called often enough for this to count.
+    if value.dim() == len(expected):
+        for size, want in zip(value.shape, expected, strict=True):
+            if want is not None and size != want:
+                break
+        else:
+            return
+    sizes = ", ".join("*" if want is None else str(want) for want in expected)
+    raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected {meaning} = ({sizes})")
 
 
 def check_rank(name: str, value: Tensor, ranks: Sequence[int], meaning: str) -> None:

@@ -233,7 +233,9 @@ class RandLANet(nn.Module):
         Raises:
             AvatarError: a pyramid of another number of points or levels.
         """
-        return pyramid.restore(self.arranged(pyramid.arrange(points), pyramid.arrange(features), pyramid))
+        arranged = pyramid.arrange(points)
+        features = arranged if features is points else pyramid.arrange(features)
+        return pyramid.restore(self.arranged(arranged, features, pyramid))
 
     def arranged(self, points: Tensor, features: Tensor, pyramid: Pyramid) -> Tensor:
         """`forward` of points and features in the order of the pyramid's level 0, which the result keeps."""
