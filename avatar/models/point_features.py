@@ -137,8 +137,8 @@ def build_pyramid(points: Tensor, config: PointFeaturesConfig, seed: int) -> Pyr
             key = keyed_generator(seed, "pyramid", level).initial_seed()
             sample = avatar_ops.random_sample(len(current), size, seed=key, device=points.device)
             # In ascending order.
-            sample = torch.zeros(len(current), dtype=torch.bool, device=points.device).index_fill_(0, sample, 1)
-            sample = sample.nonzero().squeeze(1)
+            chosen = torch.zeros(len(current), dtype=torch.bool, device=points.device)
+            sample = chosen.index_fill_(0, sample, 1).nonzero().squeeze(1)
             pyramid.samples.append(sample)
             finer, current = current, current.index_select(0, sample)
         index = avatar_ops.PointIndex(current)

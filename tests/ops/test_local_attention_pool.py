@@ -72,6 +72,27 @@ def test_local_attention_pool_keeps_large_scores_finite(scale, isa):
     assert all(g.isfinite().all() for g in grads)
 
 
+@pytest.mark.parametrize("ordered", [True, False], ids=["ordered", "anywhere"])
+@pytest.mark.parametrize("channels", [8, 16])
+@pytest.mark.parametrize("scale", [0.0, 15.0, 60.0])
+@pytest.mark.parametrize("level", [-200.0, 0.0, 200.0])
+def test_local_attention_pool_of_scores_far_from_zero(ordered, channels, scale, level, isa):
+    """Weights of the softmax over- and underflow unless they are relative to the largest."""
+    values = inputs(torch.float32, points=150, k=16, channels=channels, widths=(channels,))
+    if ordered:
+        # A line whose points follow each other, which AVX-512 takes by tiles.
+        values["points"] = torch.arange(150.0).view(1, 150, 1) / 50 + values["points"] / 100
+        near = torch.arange(150).view(1, 150, 1) + torch.arange(-8, 8)
+        values["neighbors"] = torch.where(values["neighbors"] < 0, -1, near.clamp(0, 149))
+    values["features"][..., 0] = 1
+    values["score_weight"] = values["score_weight"] * scale
+    values["score_weight"][:, 0] = level
+    wide = map_tensors(values, lambda t: t.double() if t.is_floating_point() else t)
+    expected = reference.local_attention_pool(**wide)
+    actual = avatar_ops.local_attention_pool(**values)
+    torch.testing.assert_close(actual.double(), expected, rtol=2e-3, atol=2e-3)
+
+
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
 def test_local_attention_pool_answers_infinite_features_as_torch_does(value, isa):
     values = inputs(torch.float32, missing=0.0)
