@@ -1,5 +1,5 @@
-// Memory that ops work in and give results in, which one call leaves to the next: memory fresh from the system
-// costs a page fault for each 4 KiB, for large parts as long as what is computed in them.
+// Memory that ops work in and give results in, which one call leaves to the next: memory fresh from the
+// system costs a page fault for each 4 KiB, for large parts as long as what is computed in them.
 #pragma once
 
 #include <cstddef>

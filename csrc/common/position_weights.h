@@ -84,7 +84,8 @@ class PositionWeights {
   void add_center_part() {
     if (depth_ == 0 || center_part_) return;
     const int64_t out = layers_[0].out;
-    const auto packed = layout_.pack(mlp_.dims, out, [&](int64_t d, int64_t o) { return center_weight_[d * out + o]; });
+    const auto packed =
+        layout_.pack(mlp_.dims, out, [&](int64_t d, int64_t o) { return center_weight_[d * out + o]; });
     center_part_ = layout_.project(points_, out, packed, layers_[0].bias);
     mlp_.center_part = center_part_.get();
   }

@@ -73,9 +73,8 @@ inline Tensor new_result(const Tensor& like, torch::headeronly::IntHeaderOnlyArr
   const size_t bytes = static_cast<size_t>(count) * element_size;
   if (bytes < kLarge) return torch::stable::new_empty(like, sizes, type);
   Buffer<char> memory = buffer<char>(static_cast<int64_t>(bytes));
-  const Tensor result =
-      torch::stable::from_blob(memory.get(), sizes, strides, like.device(), type,
-                               [bytes](void* taken) { give_memory(taken, bytes); });
+  const Tensor result = torch::stable::from_blob(memory.get(), sizes, strides, like.device(), type,
+                                                 [bytes](void* taken) { give_memory(taken, bytes); });
   memory.release();
   return result;
 }

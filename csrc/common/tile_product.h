@@ -182,7 +182,8 @@ inline Vector<float> exp2_nonpositive<float>(Vector<float> x) {
 }
 #endif
 
-// log(x) for normal x > 0: the series of 2 artanh((m - 1) / (m + 1)) on the mantissa m in [sqrt(1/2), sqrt(2)).
+// log(x) for normal x > 0: the series of 2 artanh((m - 1) / (m + 1)) on the mantissa m in [sqrt(1/2),
+// sqrt(2)).
 template <typename T>
 inline Vector<T> log_positive(Vector<T> x) {
   using N = Numbers<T>;
@@ -250,18 +251,20 @@ __attribute__((always_inline)) inline void product_panel(int64_t row, int64_t co
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) sum[r][v] = init(row + r, column + v * kLanes<T>);
   }
-  const auto add = [&](int64_t depth, const T* a, int64_t lda, const T* panel) __attribute__((always_inline)) {
-    for (int64_t d = 0; d < depth; ++d) {
-      Vector<T> b[kVectors];
-      for (int v = 0; v < kVectors; ++v) b[v] = load(panel + (d * kVectors + v) * kLanes<T>);
+  const auto add = [&](int64_t depth, const T* a, int64_t lda, const T* panel)
+                       __attribute__((always_inline)) {
+                         for (int64_t d = 0; d < depth; ++d) {
+                           Vector<T> b[kVectors];
+                           for (int v = 0; v < kVectors; ++v)
+                             b[v] = load(panel + (d * kVectors + v) * kLanes<T>);
 #pragma GCC unroll 12
-      for (int r = 0; r < kRows; ++r) {
-        const Vector<T> value = splat(a[r * lda + d]);
+                           for (int r = 0; r < kRows; ++r) {
+                             const Vector<T> value = splat(a[r * lda + d]);
 #pragma GCC unroll 2
-        for (int v = 0; v < kVectors; ++v) sum[r][v] += value * b[v];
-      }
-    }
-  };
+                             for (int v = 0; v < kVectors; ++v) sum[r][v] += value * b[v];
+                           }
+                         }
+                       };
   add(depth, a + row * lda, lda, panel);
   if (beside.depth > 0) {
     add(beside.depth, beside.a + row * beside.lda, beside.lda, panel + depth * kVectors * kLanes<T>);
@@ -274,13 +277,13 @@ __attribute__((always_inline)) inline void product_panel(int64_t row, int64_t co
 }
 
 // One panel of columns from `column` on of init + [a ; beside] b for all rows, a multiple of kRows; b is
-// packed (see TileLayout::pack). `init(row, column)` gives the vector to start from, `done(row, column, vector)` takes it:
-// best if they hold what they use by value, as stores might change what they refer to. Not inlined, as
-// constants of the code around it would take the registers of the sums.
+// packed (see TileLayout::pack). `init(row, column)` gives the vector to start from, `done(row, column,
+// vector)` takes it: best if they hold what they use by value, as stores might change what they refer to. Not
+// inlined, as constants of the code around it would take the registers of the sums.
 template <int kRows = kRowBlock, typename T, typename Init, typename Done>
 __attribute__((noinline)) void product_columns(int64_t rows, int64_t depth, int64_t column, int64_t columns,
-                                               const T* a, int64_t lda, const T* packed, Init init,
-                                               Done done, Beside<T> beside = {}) {
+                                               const T* a, int64_t lda, const T* packed, Init init, Done done,
+                                               Beside<T> beside = {}) {
   const T* panel = packed + (depth + beside.depth) * column;
   if (columns - column >= kPanelVectors * kLanes<T>) {
     for (int64_t row = 0; row < rows; row += kRows) {

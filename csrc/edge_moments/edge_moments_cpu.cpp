@@ -51,8 +51,7 @@ std::tuple<Tensor, Tensor, Tensor> edge_moments_cpu(const Tensor& points_in, con
     double* entries = mutable_data<double>(*covariance);
     for (int64_t i = 0; i < channels; ++i) {
       for (int64_t j = 0; j < channels; ++j) {
-        entries[i * channels + j] =
-            moments[0].scatter[i * width + j] / std::max(moments[0].count, 1.);
+        entries[i * channels + j] = moments[0].scatter[i * width + j] / std::max(moments[0].count, 1.);
       }
     }
   });

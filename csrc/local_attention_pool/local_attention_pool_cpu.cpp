@@ -201,7 +201,8 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> local_attention_pool_bac
       for (int64_t c = 0; c < pool.hidden; ++c) {
         const int64_t row = pool.channel(q), column = pool.channel(c);
         if (row < 0 || column < 0) continue;
-        scores[row * (pool.channels + pool.position_channels) + column] = weights[args.score_gradient + q * pool.hidden + c];
+        scores[row * (pool.channels + pool.position_channels) + column] =
+            weights[args.score_gradient + q * pool.hidden + c];
       }
     }
     for (const Tensor& gradient : pool.position.gradients(weights.data())) {

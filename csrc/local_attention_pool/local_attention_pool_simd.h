@@ -20,12 +20,12 @@ struct PoolArgs {
   bool by_tiles;             // whether edges of near centres share products: AVX-512
   int64_t channels, channels_padded, position_channels, hidden;
   const T* features;  // (rows, channels_padded)
-  // Packed panels (channels_padded, hidden) and (position, hidden): score_weight transposed, its upper and its
-  // lower part, forward times log2(e), so that weights of the softmax are powers of two.
+  // Packed panels (channels_padded, hidden) and (position, hidden): score_weight transposed, its upper and
+  // its lower part, forward times log2(e), so that weights of the softmax are powers of two.
   const T *feature_weight, *position_weight;
   const T* scores;  // (rows, hidden): the features' share of the scores
-  T* pooled;                 // (rows, channels + position_channels)
-  T* statistics;             // the same: logarithm of the softmax's denominator; or null
+  T* pooled;        // (rows, channels + position_channels)
+  T* statistics;    // the same: logarithm of the softmax's denominator; or null
 };
 
 // Whether features and position channels, each padded to 8, share one vector of AVX-512. Internal linkage, as
