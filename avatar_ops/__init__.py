@@ -3,6 +3,7 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from . import nn
+from ._library import release_memory
 from .bias_act import bias_act
 from .composite_points import composite_points
 from .edge_conv import edge_conv
@@ -36,5 +37,6 @@ __all__ = [
     "nn",
     "random_sample",
     "rasterize_points",
+    "release_memory",
     "upfirdn2d",
 ]

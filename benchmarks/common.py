@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 from threadpoolctl import threadpool_limits
 
+from avatar_ops import release_memory
+
 Call = Callable[[], object]
 
 # A round runs each side for at least this long; fast calls are repeated within it.
@@ -78,6 +80,7 @@ def peak_extra_bytes(call: Call) -> int | None:
         return int(line.split()[1]) * 1024
 
     gc.collect()
+    release_memory()
     try:
         ctypes.CDLL(None).malloc_trim(0)
         reset.write_text("5")

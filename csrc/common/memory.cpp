@@ -1,5 +1,7 @@
 #include "common/memory.h"
 
+#include <torch/csrc/stable/library.h>
+
 #include <cstdlib>
 #include <mutex>
 #include <new>
@@ -7,6 +9,7 @@
 #include <vector>
 
 #if defined(__linux__)
+#include <pthread.h>
 #include <sys/mman.h>
 #endif
 
@@ -31,7 +34,14 @@ struct Kept {
 
 // Never destroyed: threads may give memory back until the very end.
 Kept& kept() {
-  static Kept* const all = new Kept;
+  static Kept* const all = [] {
+    static Kept* const made = new Kept;
+#if defined(__linux__)
+    // A process forked meanwhile is to find the lock open.
+    pthread_atfork([] { made->mutex.lock(); }, [] { made->mutex.unlock(); }, [] { made->mutex.unlock(); });
+#endif
+    return made;
+  }();
   return *all;
 }
 
@@ -93,6 +103,20 @@ void give_memory(void* memory, size_t bytes) noexcept {
     }
   }
   std::free(memory);
+}
+
+void release_memory() {
+  Kept& all = kept();
+  const std::lock_guard<std::mutex> lock(all.mutex);
+  for (auto& [size, blocks] : all.blocks) {
+    for (void* memory : blocks) std::free(memory);
+    blocks.clear();
+  }
+  all.bytes = 0;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(avatar_ops, CompositeExplicitAutograd, m) {
+  m.impl("release_memory", TORCH_BOX(&release_memory));
 }
 
 }  // namespace avatar

@@ -12,6 +12,8 @@ namespace avatar {
 void* take_memory(size_t bytes);
 // Of as many bytes as were taken. Up to 128 MiB in all are kept for others to take.
 void give_memory(void* memory, size_t bytes) noexcept;
+// Hands all that is kept back to the system.
+void release_memory();
 
 // Asks the system to back what is fresh by huge pages.
 void advise_huge_pages(void* memory, size_t bytes);
