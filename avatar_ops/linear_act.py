@@ -62,30 +62,14 @@ def linear_act(
     check_floating("x", x)
     check_rank("x", x, (2, 3), "(B, N, C) or (N, C)")
     check_floating("weight", weight, x)
-    inputs = x.shape[-1]
-    if beside is not None:
-        check_floating("beside", beside, x)
-        check_shape("beside", beside, (*x.shape[:-1], None), "(B, N, D)" if x.dim() == 3 else "(N, D)")
-        inputs += beside.shape[-1]
+    inputs = x.shape[-1] + _check_beside(x, beside)
     check_shape("weight", weight, (None, inputs), "(O, C)" if beside is None else "(O, C + D)")
-    outputs = weight.shape[0]
+    check_device("weight", weight, x)
     if bias is not None:
         check_floating("bias", bias, x)
-        check_shape("bias", bias, (outputs,), "(O,)")
-    if rest is not None:
-        check_floating("rest", rest, x)
-        rows = x.shape[-2] if places is None else None
-        check_shape("rest", rest, (*x.shape[:-2], rows, outputs), "(B, M, O)" if x.dim() == 3 else "(M, O)")
-    if places is not None:
-        if rest is None:
-            raise ValueError("places: got some without rest, expected rows for them to name")
-        check_index("places", places)
-        check_shape("places", places, (x.shape[-2],), "(N,)")
-        places = places.long()
-    others = {"weight": weight, "bias": bias, "beside": beside, "rest": rest, "places": places}
-    for name, value in others.items():
-        if value is not None:
-            check_device(name, value, x)
+        check_shape("bias", bias, (weight.shape[0],), "(O,)")
+        check_device("bias", bias, x)
+    places = _check_rest(x, rest, places, weight.shape[0])
     slope = check_slope(negative_slope)
     if x.dim() == 3:
         return torch.ops.avatar_ops.linear_act(x, beside, weight, bias, rest, places, slope)
@@ -135,12 +119,10 @@ def linear_act_layers(
             f"weights: got {len(weights)} with {len(biases)} biases and {len(slopes)} slopes, expected as "
             "many of each, at least one"
         )
-    inputs, rows = x.shape[-1], x.shape[:-1]
+    inputs = x.shape[-1]
     for n, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-        if n == len(slopes) - 1 and beside is not None:
-            check_floating("beside", beside, x)
-            check_shape("beside", beside, (*rows, None), "(B, N, D)")
-            inputs += beside.shape[-1]
+        if n == len(slopes) - 1:
+            inputs += _check_beside(x, beside)
         for name, value, shape, meaning in (
             (f"weights[{n}]", weight, (None, inputs), "(O, I)"),
             (f"biases[{n}]", bias, (weight.shape[0],), "(O,)"),
@@ -149,22 +131,37 @@ def linear_act_layers(
             check_shape(name, value, shape, meaning)
             check_device(name, value, x)
         inputs = weight.shape[0]
-    if rest is not None:
-        check_floating("rest", rest, x)
-        own = rows[1] if places is None else None
-        check_shape("rest", rest, (rows[0], own, weights[0].shape[0]), "(B, M, O)")
-    if places is not None:
-        if rest is None:
-            raise ValueError("places: got some without rest, expected rows for them to name")
-        check_index("places", places)
-        check_shape("places", places, (rows[1],), "(N,)")
-        places = places.long()
-    for name, value in (("beside", beside), ("rest", rest), ("places", places)):
-        if value is not None:
-            check_device(name, value, x)
+    places = _check_rest(x, rest, places, weights[0].shape[0])
     return torch.ops.avatar_ops.linear_act_layers(
         x, beside, list(weights), list(biases), rest, places, slopes
     )
+
+
+def _check_beside(x: Tensor, beside: Tensor | None) -> int:
+    """The columns beside those of x."""
+    if beside is None:
+        return 0
+    check_floating("beside", beside, x)
+    check_shape("beside", beside, (*x.shape[:-1], None), "(B, N, D)" if x.dim() == 3 else "(N, D)")
+    check_device("beside", beside, x)
+    return beside.shape[-1]
+
+
+def _check_rest(x: Tensor, rest: Tensor | None, places: Tensor | None, outputs: int) -> Tensor | None:
+    """The places as int64."""
+    if rest is not None:
+        check_floating("rest", rest, x)
+        rows = x.shape[-2] if places is None else None
+        check_shape("rest", rest, (*x.shape[:-2], rows, outputs), "(B, M, O)" if x.dim() == 3 else "(M, O)")
+        check_device("rest", rest, x)
+    if places is None:
+        return None
+    if rest is None:
+        raise ValueError("places: got some without rest, expected rows for them to name")
+    check_index("places", places)
+    check_shape("places", places, (x.shape[-2],), "(N,)")
+    check_device("places", places, x)
+    return places.long()
 
 
 @torch.library.register_fake("avatar_ops::linear_act_layers")
