@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <limits>
@@ -101,6 +102,19 @@ void parallel_tasks(int64_t tasks, const Body& body) {
   torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
     for (int64_t task = next++; task < tasks; task = next++) body(task);
   });
+}
+
+// body(begin, end) for parts of [0, count) of at least `grain` and a multiple of `unit`, several for each
+// thread: where others use the processor too, threads are seldom equally fast.
+template <typename Body>
+void parallel_parts(int64_t count, int64_t grain, int64_t unit, const Body& body) {
+  constexpr int64_t kPartsPerThread = 8;
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t most = threads > 1 ? kPartsPerThread * threads : 1;
+  const int64_t least = std::max({grain, (count + most - 1) / most, int64_t{1}});
+  const int64_t part = (least + unit - 1) / unit * unit;
+  parallel_tasks((count + part - 1) / part,
+                 [&](int64_t p) { body(p * part, std::min((p + 1) * part, count)); });
 }
 
 // Collects the smallest bad position found by parallel loops; raise() is called after them, since an

@@ -80,7 +80,7 @@ struct TileLayout {
     const int64_t rows = a.size(0), depth = a.size(1);
     Buffer<T> target = buffer<T>(rows * columns);
     const int64_t grain = std::max<int64_t>(64, 65536 / std::max<int64_t>(1, depth * columns));
-    torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
+    parallel_parts(rows, grain, 48, [&](int64_t begin, int64_t end) {
       AVATAR_ISA_CALL_OF(isa, project_rows, end - begin, depth, columns, const_data<T>(a) + begin * depth,
                          packed.get(), bias, target.get() + begin * columns);
     });

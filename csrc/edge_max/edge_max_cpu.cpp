@@ -17,7 +17,7 @@ Tensor max_over(const char* op, const Tensor& features_in, const Tensor& neighbo
   dispatch_compute(features.scalar_type(), op, [&](auto zero) {
     using T = decltype(zero);
     const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, k * channels));
-    torch::stable::parallel_for(0, batch * rows, grain, [&](int64_t begin, int64_t end) {
+    parallel_parts(batch * rows, grain, 1, [&](int64_t begin, int64_t end) {
       std::vector<int32_t> slots(k + 1);
       while (begin < end) {
         const int64_t b = begin / rows, stop = std::min(end, (b + 1) * rows);

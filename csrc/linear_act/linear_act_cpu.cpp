@@ -93,8 +93,8 @@ Tensor through_layers(const char* op, const Tensor& x_in, const std::optional<Te
     const T *inputs = const_data<T>(x), *others = beside ? const_data<T>(*beside) : nullptr;
     const T* added = rest ? const_data<T>(*rest) : nullptr;
     T* outputs = mutable_data<T>(y);
-    const int64_t grain = std::max<int64_t>(48, (1 << 18) / std::max<int64_t>(1, work));
-    torch::stable::parallel_for(0, batch * rows, grain, [&](int64_t begin, int64_t end) {
+    const int64_t grain = (1 << 18) / std::max<int64_t>(1, work);
+    parallel_parts(batch * rows, grain, kChunk, [&](int64_t begin, int64_t end) {
       const int64_t size = count > 1 ? kChunk * widest : 0;
       const Buffer<T> between = buffer<T>(2 * size);
       while (begin < end) {

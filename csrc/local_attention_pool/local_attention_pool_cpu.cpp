@@ -127,7 +127,7 @@ std::tuple<Tensor, Tensor> local_attention_pool_cpu(const Tensor& points, const 
       args.position = pool.position.mlp();
     }
     const int64_t step = rows_of_tile(args), tiles = (rows + step - 1) / step;
-    torch::stable::parallel_for(0, tiles, (grain + step - 1) / step, [&](int64_t begin, int64_t end) {
+    parallel_parts(tiles, (grain + step - 1) / step, 1, [&](int64_t begin, int64_t end) {
       bad.report(
           AVATAR_ISA_CALL_OF(isa, local_attention_pool_rows, args, begin * step, std::min(end * step, rows)));
     });
