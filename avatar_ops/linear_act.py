@@ -103,6 +103,13 @@ def linear_act_layers(
         What `linear_act` does, of the arguments of one layer.
     """
     slopes = [check_slope(slope) for slope in negative_slopes]
+    check_floating("x", x)
+    check_rank("x", x, (3,), "(B, N, C)")
+    if not len(weights) == len(biases) == len(slopes) > 0:
+        raise ValueError(
+            f"weights: got {len(weights)} with {len(biases)} biases and {len(slopes)} slopes, expected as "
+            "many of each, at least one"
+        )
     tensors = [x, beside, rest, *weights, *biases]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         last = len(slopes) - 1
@@ -112,13 +119,6 @@ def linear_act_layers(
                 x, weight, bias, negative_slope=slope, beside=beside if n == last else None, **first
             )
         return x
-    check_floating("x", x)
-    check_rank("x", x, (3,), "(B, N, C)")
-    if not len(weights) == len(biases) == len(slopes) > 0:
-        raise ValueError(
-            f"weights: got {len(weights)} with {len(biases)} biases and {len(slopes)} slopes, expected as "
-            "many of each, at least one"
-        )
     inputs = x.shape[-1]
     for n, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         if n == len(slopes) - 1:
