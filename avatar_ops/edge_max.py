@@ -5,10 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._library import check_floating, check_neighbors, check_rank, define, forbid_second_derivative
+from ._library import (
+    check_device,
+    check_floating,
+    check_index,
+    check_neighbors,
+    check_rank,
+    check_shape,
+    define,
+    forbid_second_derivative,
+)
 
 define("edge_max(Tensor features, Tensor neighbors) -> (Tensor values, Tensor argmax)")
-define("edge_max_values(Tensor features, Tensor neighbors) -> Tensor")
+define("edge_max_values(Tensor features, Tensor neighbors, Tensor? rows) -> Tensor")
 define("edge_max_backward(Tensor grad, Tensor argmax, Tensor neighbors, SymInt num_points) -> Tensor")
 
 
@@ -41,28 +50,47 @@ def edge_max(features: Tensor, neighbors: Tensor) -> tuple[Tensor, Tensor]:
     return values.squeeze(0), argmax.squeeze(0)
 
 
-def edge_max_values(features: Tensor, neighbors: Tensor) -> Tensor:
-    """The values of `edge_max` alone; faster where no gradient is wanted."""
-    if torch.is_grad_enabled() and isinstance(features, Tensor) and features.requires_grad:
-        return edge_max(features, neighbors)[0]
+def edge_max_values(features: Tensor, neighbors: Tensor, rows: Tensor | None = None) -> Tensor:
+    """The values of `edge_max` alone; faster where no gradient is wanted.
+
+    Args:
+        features, neighbors: as for `edge_max`.
+        rows: (M',) int64 (or int32) in [0, M), the rows of neighbors, of every cloud, that count; all if None.
+
+    Returns:
+        (B, M', C) or (M', C).
+
+    Raises:
+        What `edge_max` does.   IndexError: a row outside [0, M) (CPU).
+    """
     check_floating("features", features)
     check_rank("features", features, (2, 3), "(B, N, C) or (N, C)")
     neighbors = check_neighbors(neighbors, features)
+    if rows is not None:
+        check_index("rows", rows)
+        check_shape("rows", rows, (None,), "(M',)")
+        check_device("rows", rows, features)
+        rows = rows.long()
+    if torch.is_grad_enabled() and features.requires_grad:
+        return edge_max(features, neighbors if rows is None else neighbors.index_select(-2, rows))[0]
     if features.dim() == 3:
-        return torch.ops.avatar_ops.edge_max_values(features, neighbors)
-    return torch.ops.avatar_ops.edge_max_values(features.unsqueeze(0), neighbors.unsqueeze(0)).squeeze(0)
+        return torch.ops.avatar_ops.edge_max_values(features, neighbors, rows)
+    features, neighbors = features.unsqueeze(0), neighbors.unsqueeze(0)
+    return torch.ops.avatar_ops.edge_max_values(features, neighbors, rows).squeeze(0)
 
 
 @torch.library.register_fake("avatar_ops::edge_max_values")
-def _(features, neighbors):
-    return features.new_empty(neighbors.shape[0], neighbors.shape[1], features.shape[2])
+def _(features, neighbors, rows):
+    count = neighbors.shape[1] if rows is None else rows.shape[0]
+    return features.new_empty(features.shape[0], count, features.shape[2])
 
 
-torch.library.impl(
-    "avatar_ops::edge_max_values",
-    "CUDA",
-    lambda features, neighbors: torch.ops.avatar_ops.edge_max(features, neighbors)[0],
-)
+def _edge_max_values_cuda(features, neighbors, rows):
+    chosen = neighbors if rows is None else neighbors.index_select(1, rows)
+    return torch.ops.avatar_ops.edge_max(features, chosen)[0]
+
+
+torch.library.impl("avatar_ops::edge_max_values", "CUDA", _edge_max_values_cuda)
 
 
 @torch.library.register_fake("avatar_ops::edge_max")

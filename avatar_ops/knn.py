@@ -25,6 +25,7 @@ define(
     " -> (Tensor distances, Tensor indices)"
 )
 define("knn_build(Tensor points, Tensor? lengths) -> Tensor[]")
+define("knn_arrange(Tensor points, Tensor? lengths) -> (Tensor order, Tensor[] index)")
 define(
     "knn_search(Tensor[] index, Tensor points, Tensor? queries, SymInt k, Tensor? query_lengths,"
     " bool exclude_self) -> (Tensor distances, Tensor indices)"
@@ -105,11 +106,39 @@ class PointIndex:
     """
 
     def __init__(self, points: Tensor, lengths: Tensor | None = None):
+        self._take(points, lengths)
+        self.index = torch.ops.avatar_ops.knn_build(self._batched_points().detach(), self.lengths)
+
+    @classmethod
+    def arranged(cls, points: Tensor, lengths: Tensor | None = None) -> tuple[PointIndex, Tensor]:
+        """An index of the points in an order in which those near each other follow each other, and the order.
+
+        What gathers rows of neighbours finds them near in memory then.
+
+        Args:
+            points, lengths: as for the class; rows that are not finite or not in use come last.
+
+        Returns:
+            index: its `points` are those given, their rows in the order (the same on every CPU).
+            order: (B, N) or (N,) int64, the row that each was before.
+        """
+        given = cls.__new__(cls)
+        given._take(points, lengths)
+        rows = given._batched_points()
+        order, parts = torch.ops.avatar_ops.knn_arrange(rows.detach(), given.lengths)
+        if given.batched:
+            given.points = points.take_along_dim(order.unsqueeze(2), 1)
+        else:
+            order = order.squeeze(0)
+            given.points = points.index_select(0, order)
+        given.index = parts
+        return given, order
+
+    def _take(self, points: Tensor, lengths: Tensor | None) -> None:
         _check_points(points)
         self.batched = points.dim() == 3
         self.points = points
         self.lengths = _check_lengths("lengths", lengths, points)
-        self.index = torch.ops.avatar_ops.knn_build(self._batched_points().detach(), self.lengths)
 
     def knn(
         self,
@@ -305,8 +334,21 @@ def _check_batch(batch: Tensor | None, batch_size: int | None) -> None:
     raise ValueError(f"knn_graph: batch[{row}] = {int(batch[row])}{expected}")
 
 
+def arrange_by_build(points: Tensor, lengths: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+    """The op knn_arrange by knn_build."""
+    batch, rows = points.shape[:2]
+    indexed = torch.ops.avatar_ops.knn_build(points, lengths)[1].flatten(1)
+    # Rows that are not in the index have the last place; what no row fills takes the place of row `rows`.
+    places = torch.full((batch, rows + 1), indexed.shape[1], dtype=torch.int64, device=points.device)
+    numbers = torch.arange(indexed.shape[1], device=points.device).expand(batch, -1)
+    places.scatter_(1, torch.where(indexed < 0, rows, indexed).long(), numbers)
+    order = places[:, :rows].argsort(dim=1, stable=True)
+    return order, torch.ops.avatar_ops.knn_build(points.take_along_dim(order.unsqueeze(2), 1), lengths)
+
+
 if HAS_CUDA_KERNELS:
     torch.library.impl("avatar_ops::knn_graph", "CUDA", knn_graph_by_clouds)
+    torch.library.impl("avatar_ops::knn_arrange", "CUDA", arrange_by_build)
 
 
 @torch.library.register_fake("avatar_ops::knn")
@@ -315,7 +357,7 @@ def _(points, queries, k, lengths, query_lengths, exclude_self):
 
 
 @torch.library.register_fake("avatar_ops::knn_build")
-def _(points, lengths):
+def _fake_index(points, lengths):
     batch, rows, dims = points.shape
     leaves = (rows + _LEAF - 1) // _LEAF
     dtype = _accumulation_dtype(points.dtype)
@@ -329,6 +371,11 @@ def _(points, lengths):
         bounds = points.new_empty((batch, leaves, _LEAF), dtype=dtype)
         extra = points.new_empty((batch, dims), dtype=dtype)
     return [coordinates, order, counts, bounds, extra]
+
+
+@torch.library.register_fake("avatar_ops::knn_arrange")
+def _(points, lengths):
+    return points.new_empty(points.shape[:2], dtype=torch.int64), _fake_index(points, lengths)
 
 
 @torch.library.register_fake("avatar_ops::knn_search")
@@ -382,5 +429,5 @@ def _backward_search(ctx, grad_distances, grad_indices):
 torch.library.register_autograd("avatar_ops::knn", _backward_knn, setup_context=_setup_knn)
 torch.library.register_autograd("avatar_ops::knn_search", _backward_search, setup_context=_setup_search)
 forbid_second_derivative("knn_backward")
-for _name in ("knn", "knn_build", "knn_search", "knn_graph"):
+for _name in ("knn", "knn_build", "knn_arrange", "knn_search", "knn_graph"):
     autocast_to_float32(_name)

@@ -25,7 +25,7 @@ define(
 )
 define(
     "linear_act_layers(Tensor x, Tensor? beside, Tensor[] weights, Tensor[] biases, Tensor? rest, "
-    "Tensor? places, float[] negative_slopes) -> Tensor"
+    "Tensor? places, Tensor? targets, float[] negative_slopes) -> Tensor"
 )
 
 
@@ -87,6 +87,7 @@ def linear_act_layers(
     beside: Tensor | None = None,
     rest: Tensor | None = None,
     places: Tensor | None = None,
+    targets: Tensor | None = None,
 ) -> Tensor:
     """One `linear_act` after the other, on the CPU without the tensors in between where no gradient is wanted.
 
@@ -95,12 +96,13 @@ def linear_act_layers(
     Args:
         x: (B, N, C).   weights: (O_l, I_l) each.   biases: (O_l,) each.   negative_slopes: of each layer.
         beside, rest, places: as for `linear_act`, in three dimensions.
+        targets: (N,) int64, the row of the result that each row becomes, every one once; its own if None.
 
     Returns:
         (B, N, O) of the last layer; half types keep float32 between the layers on the CPU.
 
     Raises:
-        What `linear_act` does, of the arguments of one layer.
+        What `linear_act` does, of the arguments of one layer.   IndexError: targets of another kind (CPU).
     """
     slopes = [check_slope(slope) for slope in negative_slopes]
     check_floating("x", x)
@@ -110,6 +112,11 @@ def linear_act_layers(
             f"weights: got {len(weights)} with {len(biases)} biases and {len(slopes)} slopes, expected as "
             "many of each, at least one"
         )
+    if targets is not None:
+        check_index("targets", targets)
+        check_shape("targets", targets, (x.shape[1],), "(N,)")
+        check_device("targets", targets, x)
+        targets = targets.long()
     tensors = [x, beside, rest, *weights, *biases]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         last = len(slopes) - 1
@@ -118,7 +125,7 @@ def linear_act_layers(
             x = linear_act(
                 x, weight, bias, negative_slope=slope, beside=beside if n == last else None, **first
             )
-        return x
+        return x if targets is None else _move_rows(x, targets)
     inputs = x.shape[-1]
     for n, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         if n == len(slopes) - 1:
@@ -133,8 +140,13 @@ def linear_act_layers(
         inputs = weight.shape[0]
     places = _check_rest(x, rest, places, weights[0].shape[0])
     return torch.ops.avatar_ops.linear_act_layers(
-        x, beside, list(weights), list(biases), rest, places, slopes
+        x, beside, list(weights), list(biases), rest, places, targets, slopes
     )
+
+
+def _move_rows(x: Tensor, targets: Tensor) -> Tensor:
+    numbers = torch.arange(len(targets), device=targets.device)
+    return x.index_select(1, torch.empty_like(numbers).scatter_(0, targets, numbers))
 
 
 def _check_beside(x: Tensor, beside: Tensor | None) -> int:
@@ -165,16 +177,16 @@ def _check_rest(x: Tensor, rest: Tensor | None, places: Tensor | None, outputs: 
 
 
 @torch.library.register_fake("avatar_ops::linear_act_layers")
-def _(x, beside, weights, biases, rest, places, negative_slopes):
+def _(x, beside, weights, biases, rest, places, targets, negative_slopes):
     return x.new_empty(x.shape[0], x.shape[1], weights[-1].shape[0])
 
 
-def _linear_act_layers_cuda(x, beside, weights, biases, rest, places, negative_slopes):
+def _linear_act_layers_cuda(x, beside, weights, biases, rest, places, targets, negative_slopes):
     last = len(weights) - 1
     for n, (weight, bias, slope) in enumerate(zip(weights, biases, negative_slopes, strict=True)):
         first = (rest, places) if n == 0 else (None, None)
         x = _linear_act_cuda(x, beside if n == last else None, weight, bias, *first, slope)
-    return x
+    return x if targets is None else _move_rows(x, targets)
 
 
 torch.library.impl("avatar_ops::linear_act_layers", "CUDA", _linear_act_layers_cuda)

@@ -27,8 +27,8 @@ def check_peers(network, peer):
     """The same scores for a small cloud, up to the rounding of float32."""
     points = surface(3000)
     pyramid = build_pyramid(points, CONFIG, 0)
+    expected = network(points.unsqueeze(0), points.unsqueeze(0), pyramid)[0, pyramid.order]
     points = points[pyramid.order]
-    expected = network.arranged(points.unsqueeze(0), points.unsqueeze(0), pyramid).squeeze(0)
     for search in peers_randlanet.searches().values():
         edges = peers_randlanet.graphs(points, pyramid.samples, CONFIG.randla_neighbors, search)
         actual = peer(points, points, pyramid.samples, *edges)

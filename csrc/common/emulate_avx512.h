@@ -153,6 +153,13 @@ inline void store(void* target, Register<T> stored) {
   std::memcpy(target, stored.lane, sizeof stored.lane);
 }
 
+template <typename T>
+inline void store_where(T* target, uint32_t mask, Register<T> stored) {
+  for (int i = 0; i < Register<T>::kLanes; ++i) {
+    if (mask >> i & 1) std::memcpy(target + i, stored.lane + i, sizeof(T));
+  }
+}
+
 }  // namespace
 }  // namespace emulated
 }  // namespace avatar
@@ -168,6 +175,8 @@ inline void store(void* target, Register<T> stored) {
 #define _mm512_load_si512(p) _mm512_loadu_si512(p)
 #define _mm512_storeu_ps(p, a) avatar::emulated::store(p, AVATAR_FLOATS(a))
 #define _mm512_storeu_si512(p, a) avatar::emulated::store(p, AVATAR_LONGS(a))
+#define _mm512_mask_storeu_ps(p, mask, a) avatar::emulated::store_where(p, mask, AVATAR_FLOATS(a))
+#define _mm512_mask_storeu_pd(p, mask, a) avatar::emulated::store_where(p, mask, AVATAR_DOUBLES(a))
 #define _mm512_set1_ps(value) (__m512) avatar::emulated::all<float>(value)
 #define _mm512_set1_pd(value) (__m512d) avatar::emulated::all<double>(value)
 #define _mm512_set1_epi32(value) (__m512i) avatar::emulated::all<int32_t>(value)

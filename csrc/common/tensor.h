@@ -136,6 +136,21 @@ class FirstBad {
   std::atomic<int64_t> position_{kNone};
 };
 
+// The place of the first of `count` numbers outside [0, end), or -1.
+inline int64_t first_outside(const int64_t* numbers, int64_t count, int64_t end) {
+  constexpr int64_t kBlock = 1024;
+  const auto is_outside = [=](int64_t number) {
+    return static_cast<uint64_t>(number) >= static_cast<uint64_t>(end);
+  };
+  for (int64_t first = 0; first < count; first += kBlock) {
+    const int64_t last = std::min(first + kBlock, count);
+    uint64_t any = 0;
+    for (int64_t i = first; i < last; ++i) any |= is_outside(numbers[i]);
+    if (any) return std::find_if(numbers + first, numbers + last, is_outside) - numbers;
+  }
+  return -1;
+}
+
 // IndexError for neighbours (B, M, K) outside [-1, num_points), naming the first bad one.
 inline void raise_bad_neighbor(const FirstBad& bad, const char* op, const Tensor& neighbors,
                                int64_t num_points) {

@@ -63,9 +63,18 @@ inline Vector<T> splat(T value) {
 template <typename T>
 inline void store_some(T* target, Vector<T> value, int64_t count) {
   if (count >= kLanes<T>) return store(target, value);
+#if defined(__AVX512F__)
+  const uint32_t mask = (uint32_t{1} << count) - 1;
+  if constexpr (sizeof(T) == 4) {
+    return _mm512_mask_storeu_ps(target, static_cast<__mmask16>(mask), (__m512)value);
+  } else {
+    return _mm512_mask_storeu_pd(target, static_cast<__mmask8>(mask), (__m512d)value);
+  }
+#else
   T lanes[kLanes<T>];
   store(lanes, value);
   for (int64_t lane = 0; lane < count; ++lane) target[lane] = lanes[lane];
+#endif
 }
 
 // The larger lanes of a, else those of b: NaN in a is left out, NaN in b stays.

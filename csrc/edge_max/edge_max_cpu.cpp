@@ -6,11 +6,23 @@
 namespace avatar {
 namespace {
 
-// The maxima of features (B, N, C) over neighbors (B, M, K) int64: (B, M, C); `argmax` the same, or null.
-Tensor max_over(const char* op, const Tensor& features_in, const Tensor& neighbors, const Tensor* argmax) {
+// The maxima of features (B, N, C) over rows (M,) int64, or all, of neighbors (B, M', K) int64: (B, M, C);
+// `argmax` the same, or null.
+Tensor max_over(const char* op, const Tensor& features_in, const Tensor& neighbors,
+                const std::optional<Tensor>& rows_in, const Tensor* argmax) {
   const Tensor features = to_compute(features_in);
   const int64_t batch = features.size(0), num_points = features.size(1), channels = features.size(2);
-  const int64_t rows = neighbors.size(1), k = neighbors.size(2);
+  const int64_t lists = neighbors.size(1), k = neighbors.size(2);
+  std::optional<Tensor> chosen;
+  if (rows_in) chosen = torch::stable::contiguous(*rows_in);
+  const int64_t rows = chosen ? chosen->size(0) : lists;
+  const int64_t* choice = chosen ? const_data<int64_t>(*chosen) : nullptr;
+  const int64_t outside = choice ? first_outside(choice, rows, lists) : -1;
+  if (outside >= 0) {
+    throw std::out_of_range(std::string(op) + ": rows[" + std::to_string(outside) +
+                            "] = " + std::to_string(choice[outside]) + "; expected an index in [0, " +
+                            std::to_string(lists) + ")");
+  }
   Tensor values = new_result(features, {batch, rows, channels});
   int64_t* from = argmax ? mutable_data<int64_t>(*argmax) : nullptr;
   FirstBad bad;
@@ -22,7 +34,8 @@ Tensor max_over(const char* op, const Tensor& features_in, const Tensor& neighbo
       while (begin < end) {
         const int64_t b = begin / rows, stop = std::min(end, (b + 1) * rows);
         const EdgeMaxArgs<T> args{const_data<T>(features) + b * num_points * channels,
-                                  const_data<int64_t>(neighbors) + b * rows * k,
+                                  const_data<int64_t>(neighbors) + b * lists * k,
+                                  choice,
                                   mutable_data<T>(values) + b * rows * channels,
                                   from ? from + b * rows * channels : nullptr,
                                   num_points,
@@ -30,7 +43,7 @@ Tensor max_over(const char* op, const Tensor& features_in, const Tensor& neighbo
                                   k};
         const int64_t position =
             AVATAR_ISA_CALL(edge_max_rows, args, begin - b * rows, stop - b * rows, slots.data());
-        if (position >= 0) return bad.report(b * rows * k + position);
+        if (position >= 0) return bad.report(b * lists * k + position);
         begin = stop;
       }
     });
@@ -42,11 +55,12 @@ Tensor max_over(const char* op, const Tensor& features_in, const Tensor& neighbo
 std::tuple<Tensor, Tensor> edge_max_cpu(const Tensor& features, const Tensor& neighbors_in) {
   const Tensor neighbors = torch::stable::contiguous(neighbors_in);
   const Tensor argmax = new_result(neighbors, {neighbors.size(0), neighbors.size(1), features.size(2)});
-  return {max_over("edge_max", features, neighbors, &argmax), argmax};
+  return {max_over("edge_max", features, neighbors, std::nullopt, &argmax), argmax};
 }
 
-Tensor edge_max_values_cpu(const Tensor& features, const Tensor& neighbors) {
-  return max_over("edge_max_values", features, torch::stable::contiguous(neighbors), nullptr);
+Tensor edge_max_values_cpu(const Tensor& features, const Tensor& neighbors,
+                           const std::optional<Tensor>& rows) {
+  return max_over("edge_max_values", features, torch::stable::contiguous(neighbors), rows, nullptr);
 }
 
 // Each task owns a range of channels of one cloud, so every sum is in row order whatever the threads; the

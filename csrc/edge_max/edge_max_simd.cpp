@@ -9,7 +9,7 @@ namespace avatar {
 namespace AVATAR_ISA {
 namespace {
 
-// Neighbours are fetched this many slots before they are needed.
+// Neighbours are fetched about this many slots before they are needed.
 constexpr int64_t kAhead = 32;
 constexpr int64_t kMostVectors = 4;
 
@@ -39,7 +39,7 @@ inline bool max_numbers(const EdgeMaxArgs<T>& args, int64_t row, const int32_t* 
                         int64_t first) {
   constexpr int64_t kLanes = Lanes<T>::kCount;
   const T* features = args.features + first;
-  const int64_t channels = args.channels, *neighbors = args.neighbors + row * args.k;
+  const int64_t channels = args.channels, *neighbors = args.neighbors_of(row);
   Vector<T> most[kVectors], sums[kVectors];
   for (int v = 0; v < kVectors; ++v)
     sums[v] = most[v] = load(features + neighbors[slots[0]] * channels + v * kLanes);
@@ -68,7 +68,7 @@ inline void max_channels(const EdgeMaxArgs<T>& args, int64_t row, const int32_t*
     if (!args.argmax && max_numbers<kVectors>(args, row, slots, count, first)) return;
   }
   const int64_t channels = args.channels;
-  const int64_t* neighbors = args.neighbors + row * args.k;
+  const int64_t* neighbors = args.neighbors_of(row);
   const T* end = args.features + args.num_points * channels;
   const auto read = [&](int64_t slot, int v) {
     const int64_t c = first + v * kLanes;
@@ -103,16 +103,22 @@ template <typename T>
 int64_t max_rows(const EdgeMaxArgs<T>& args, int64_t begin, int64_t end, int32_t* slots) {
   constexpr int64_t kLanes = Lanes<T>::kCount;
   const int64_t channels = args.channels, k = args.k;
+  const int64_t ahead = k > 0 ? (kAhead + k - 1) / k : 0;
   for (int64_t row = begin; row < end; ++row) {
-    const int64_t* neighbors = args.neighbors + row * k;
-    for (int64_t slot = kAhead; slot < std::min(k + kAhead, (end - row) * k); ++slot) {
-      if (neighbors[slot] < 0 || neighbors[slot] >= args.num_points) continue;
-      const T* features = args.features + neighbors[slot] * channels;
-      for (int64_t c = 0; c < channels; c += 64 / sizeof(T)) __builtin_prefetch(features + c);
+    const int64_t* neighbors = args.neighbors_of(row);
+    if (row + ahead < end) {
+      const int64_t* next = args.neighbors_of(row + ahead);
+      for (int64_t slot = 0; slot < k; ++slot) {
+        if (next[slot] < 0 || next[slot] >= args.num_points) continue;
+        const T* features = args.features + next[slot] * channels;
+        for (int64_t c = 0; c < channels; c += 64 / sizeof(T)) __builtin_prefetch(features + c);
+      }
     }
     int64_t count = 0;
     for (int64_t slot = 0; slot < k; ++slot) {
-      if (neighbors[slot] < -1 || neighbors[slot] >= args.num_points) return row * k + slot;
+      if (neighbors[slot] < -1 || neighbors[slot] >= args.num_points) {
+        return neighbors + slot - args.neighbors;
+      }
       slots[count] = static_cast<int32_t>(slot);
       count += neighbors[slot] >= 0;
     }

@@ -10,10 +10,13 @@ namespace avatar {
 template <typename T>
 struct EdgeMaxArgs {
   const T* features;         // (num_points, channels)
-  const int64_t* neighbors;  // (rows, k), -1 for none
+  const int64_t* neighbors;  // (rows, k), or more rows where some are chosen; -1 for none
+  const int64_t* chosen;     // (rows), the row of `neighbors` for each, which is its own with null
   T* values;                 // (rows, channels)
   int64_t* argmax;           // (rows, channels), or null
   int64_t num_points, channels, k;
+
+  const int64_t* neighbors_of(int64_t row) const { return neighbors + (chosen ? chosen[row] : row) * k; }
 };
 
 template <typename T>

@@ -34,13 +34,14 @@ void check_index(const KnnIndex& index, const Tensor& points, const Clouds& clou
   const int64_t* counts = const_data<int64_t>(index.counts);
   const int32_t* order = const_data<int32_t>(index.order);
   FirstBad bad;
-  parallel_tasks(batch, [&](int64_t cloud) {
-    bool fits = counts[cloud] >= 0 && counts[cloud] <= points.size(1);
-    for (int64_t i = 0; fits && i < leaves * kLeaf; ++i) {
-      const int32_t row = order[cloud * leaves * kLeaf + i];
-      fits = i < counts[cloud] ? row >= 0 && row < points.size(1) : row == -1;
-    }
-    if (!fits) bad.report(cloud);
+  parallel_tasks(batch, [&, rows = points.size(1)](int64_t cloud) {
+    const int64_t count = counts[cloud];
+    const int32_t* own = order + cloud * leaves * kLeaf;
+    if (count < 0 || count > rows) return bad.report(cloud);
+    uint32_t largest = 0, filling = ~uint32_t{0};
+    for (int64_t i = 0; i < count; ++i) largest = std::max(largest, static_cast<uint32_t>(own[i]));
+    for (int64_t i = count; i < leaves * kLeaf; ++i) filling &= static_cast<uint32_t>(own[i]);
+    if ((count > 0 && largest >= rows) || filling != ~uint32_t{0}) bad.report(cloud);
   });
   if (bad.found()) refuse();
 }
@@ -76,16 +77,7 @@ std::tuple<Tensor, Tensor> knn_cpu(const Tensor& points_in, const std::optional<
 std::vector<Tensor> knn_build_cpu(const Tensor& points_in, const std::optional<Tensor>& lengths) {
   const Tensor points = to_compute(points_in);
   const Clouds clouds = padded_clouds(points, lengths, "lengths");
-  const KnnIndex index = build_index(points, clouds);
-  const int64_t batch = points.size(0), dims = points.size(2), leaves = batch ? clouds.leaf[1] : 0;
-  const auto batched = [](const Tensor& tensor, std::vector<int64_t> sizes) {
-    return torch::stable::reshape(tensor, {sizes.data(), sizes.size()});
-  };
-  return {batched(index.coordinates, {batch, leaves, dims, kLeaf}),
-          batched(index.order, {batch, leaves, kLeaf}), index.counts,
-          uses_tree(dims) ? batched(index.bounds, {batch, 2 * leaves, 2, dims})
-                          : batched(index.bounds, {batch, leaves, kLeaf}),
-          uses_tree(dims) ? batched(index.extra, {batch, 2 * leaves}) : index.extra};
+  return parts_of(build_index(points, clouds), points, clouds);
 }
 
 std::tuple<Tensor, Tensor> knn_search_cpu(const std::vector<Tensor>& parts, const Tensor& points_in,

@@ -35,6 +35,9 @@ struct KnnIndex {
 // points: contiguous, in a compute dtype, rows in the last dimension but one.
 KnnIndex build_index(const Tensor& points, const Clouds& clouds);
 
+// The index of padded clouds as knn_build gives it.
+std::vector<Tensor> parts_of(const KnnIndex& index, const Tensor& points, const Clouds& clouds);
+
 // distances and indices (query rows, k); indices count within the cloud. `queries` are the points themselves
 // where own_queries is set.
 struct KnnSearch {

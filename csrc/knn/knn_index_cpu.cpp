@@ -143,13 +143,8 @@ void fill_tree(const Tensor& points, const Clouds& clouds, const KnnIndex& index
   std::vector<TreeBuilder<T, kDims>> builders;
   int64_t row = 0;
   for (int64_t cloud = 0; cloud < clouds.count(); ++cloud) {
-    const int64_t leaf = clouds.leaf[cloud];
-    builders.push_back(
-        {const_data<T>(points) + clouds.row[cloud] * dims,
-         dims,
-         {mutable_data<T>(index.coordinates) + leaf * dims * kLeaf,
-          mutable_data<int32_t>(index.order) + leaf * kLeaf, mutable_data<T>(index.bounds) + leaf * 4 * dims,
-          mutable_data<int32_t>(index.extra) + leaf * 2}});
+    builders.push_back({const_data<T>(points) + clouds.row[cloud] * dims, dims,
+                        tree_of<T>(index, dims, clouds.leaf[cloud])});
     builders.back().use_buffers(records.get() + row * size, other.get() + row * size, numbers.get() + row);
     row += clouds.length[cloud];
   }
@@ -273,6 +268,18 @@ KnnIndex build_index(const Tensor& points, const Clouds& clouds) {
     fill_features<T>(points, clouds, index);
   });
   return index;
+}
+
+std::vector<Tensor> parts_of(const KnnIndex& index, const Tensor& points, const Clouds& clouds) {
+  const int64_t batch = points.size(0), dims = points.size(2), leaves = batch ? clouds.leaf[1] : 0;
+  const auto batched = [](const Tensor& tensor, std::vector<int64_t> sizes) {
+    return torch::stable::reshape(tensor, {sizes.data(), sizes.size()});
+  };
+  return {batched(index.coordinates, {batch, leaves, dims, kLeaf}),
+          batched(index.order, {batch, leaves, kLeaf}), index.counts,
+          uses_tree(dims) ? batched(index.bounds, {batch, 2 * leaves, 2, dims})
+                          : batched(index.bounds, {batch, leaves, kLeaf}),
+          uses_tree(dims) ? batched(index.extra, {batch, 2 * leaves}) : index.extra};
 }
 
 }  // namespace avatar

@@ -14,7 +14,7 @@
 #include <emmintrin.h>
 #endif
 
-#include "knn/knn_simd.h"
+#include "knn/knn_index.h"
 
 namespace avatar {
 
@@ -26,6 +26,14 @@ struct TreeTarget {
   T* boxes;
   int32_t* lowest;
 };
+
+// That of a cloud whose first leaf is `leaf`.
+template <typename T>
+TreeTarget<T> tree_of(const KnnIndex& index, int64_t dims, int64_t leaf) {
+  return {mutable_data<T>(index.coordinates) + leaf * dims * kLeaf,
+          mutable_data<int32_t>(index.order) + leaf * kLeaf, mutable_data<T>(index.bounds) + leaf * 4 * dims,
+          mutable_data<int32_t>(index.extra) + leaf * 2};
+}
 
 struct TreeNode {
   int64_t id, begin, end;  // leaves

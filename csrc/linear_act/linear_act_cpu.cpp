@@ -6,19 +6,12 @@
 namespace avatar {
 namespace {
 
-// The first of `count` numbers outside [0, end), or -1.
-int64_t first_outside(const int64_t* numbers, int64_t count, int64_t end) {
-  constexpr int64_t kBlock = 1024;
-  const auto is_outside = [=](int64_t number) {
-    return static_cast<uint64_t>(number) >= static_cast<uint64_t>(end);
-  };
-  for (int64_t first = 0; first < count; first += kBlock) {
-    const int64_t last = std::min(first + kBlock, count);
-    uint64_t any = 0;
-    for (int64_t i = first; i < last; ++i) any |= is_outside(numbers[i]);
-    if (any) return std::find_if(numbers + first, numbers + last, is_outside) - numbers;
-  }
-  return -1;
+// Whether the numbers are 0 ... count - 1 in some order.
+bool is_permutation(const int64_t* numbers, int64_t count) {
+  if (first_outside(numbers, count, count) >= 0) return false;
+  std::vector<uint8_t> is_there(count, 0);
+  for (int64_t i = 0; i < count; ++i) is_there[numbers[i]] = 1;
+  return std::find(is_there.begin(), is_there.end(), 0) == is_there.end();
 }
 
 // Rows that go through all layers together, so that what is between them stays in cache.
@@ -59,16 +52,17 @@ struct Layer {
 
 // x (B, N, C) through layers of weights (O_l, .) and biases (O_l,) or none: (B, N, O). rest (B, M, O_1) with
 // places (N,) int64 is added in the first layer, beside (B, N, D) are the last columns of the last one's
-// input.
+// input. Row n of the result is row targets[n] of what is returned.
 Tensor through_layers(const char* op, const Tensor& x_in, const std::optional<Tensor>& beside_in,
                       const std::vector<Tensor>& weights, const std::vector<std::optional<Tensor>>& biases,
                       const std::optional<Tensor>& rest_in, const std::optional<Tensor>& places_in,
-                      const std::vector<double>& negative_slopes) {
+                      const std::optional<Tensor>& targets_in, const std::vector<double>& negative_slopes) {
   const Tensor x = to_compute(x_in);
-  std::optional<Tensor> beside, rest, places;
+  std::optional<Tensor> beside, rest, places, targets;
   if (beside_in) beside = to_compute(*beside_in);
   if (rest_in) rest = to_compute(*rest_in);
   if (places_in) places = torch::stable::contiguous(*places_in);
+  if (targets_in) targets = torch::stable::contiguous(*targets_in);
   const int64_t batch = x.size(0), rows = x.size(1), own = x.size(2);
   const int64_t count = static_cast<int64_t>(weights.size()), columns = weights.back().size(0);
   const int64_t rest_rows = rest ? rest->size(1) : 0, other = beside ? beside->size(2) : 0;
@@ -78,6 +72,11 @@ Tensor through_layers(const char* op, const Tensor& x_in, const std::optional<Te
     throw std::out_of_range(std::string(op) + ": places[" + std::to_string(bad) +
                             "] = " + std::to_string(place[bad]) + "; expected an index in [0, " +
                             std::to_string(rest_rows) + ")");
+  }
+  const int64_t* target = targets ? const_data<int64_t>(*targets) : nullptr;
+  if (target && !is_permutation(target, rows)) {
+    throw std::out_of_range(std::string(op) + ": targets: expected every index in [0, " +
+                            std::to_string(rows) + ") once");
   }
   Tensor y = new_result(x, {batch, rows, columns});
   if (y.numel() == 0) return to_type(y, x_in.scalar_type());
@@ -111,7 +110,10 @@ Tensor through_layers(const char* op, const Tensor& x_in, const std::optional<Te
                       : place         ? added + b * rest_rows * layers[l].columns
                                       : added + begin * layers[l].columns;
           args.places = l == 0 && place ? place + first : nullptr;
-          args.y = last ? outputs + begin * columns : between.get() + l % 2 * size;
+          args.targets = last && target ? target + first : nullptr;
+          args.y = !last          ? between.get() + l % 2 * size
+                   : args.targets ? outputs + b * rows * columns
+                                  : outputs + begin * columns;
           layers[l].run(args, 0, stop - begin);
           args.x = args.y;
         }
@@ -125,15 +127,16 @@ Tensor through_layers(const char* op, const Tensor& x_in, const std::optional<Te
 Tensor linear_act_cpu(const Tensor& x, const std::optional<Tensor>& beside, const Tensor& weight,
                       const std::optional<Tensor>& bias, const std::optional<Tensor>& rest,
                       const std::optional<Tensor>& places, double negative_slope) {
-  return through_layers("linear_act", x, beside, {weight}, {bias}, rest, places, {negative_slope});
+  return through_layers("linear_act", x, beside, {weight}, {bias}, rest, places, std::nullopt,
+                        {negative_slope});
 }
 
 Tensor linear_act_layers_cpu(const Tensor& x, const std::optional<Tensor>& beside,
                              std::vector<Tensor> weights, std::vector<Tensor> biases,
                              const std::optional<Tensor>& rest, const std::optional<Tensor>& places,
-                             std::vector<double> negative_slopes) {
+                             const std::optional<Tensor>& targets, std::vector<double> negative_slopes) {
   return through_layers("linear_act_layers", x, beside, weights, {biases.begin(), biases.end()}, rest, places,
-                        negative_slopes);
+                        targets, negative_slopes);
 }
 
 }  // namespace

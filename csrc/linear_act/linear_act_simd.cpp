@@ -40,20 +40,20 @@ void whole_rows(const LinearActArgs<T>& args, const Rows<T>& left, int64_t begin
   });
 }
 
-// The same for any columns and the first `valid` rows, by way of a tile (rows, columns_padded).
+// The same for any columns and targets, and the first `valid` rows, by way of a tile (rows, columns_padded).
 template <typename T>
 void some_rows(const LinearActArgs<T>& args, const Rows<T>& left, int64_t begin, int64_t rows, int64_t valid,
                T* tile) {
   const int64_t columns = args.columns, width = args.columns_padded;
+  const auto target = [=, y = args.y, targets = args.targets](int64_t row) {
+    return y + (targets ? targets[begin + row] : begin + row) * columns;
+  };
   if (!args.rest) {
     return product(
         rows, left.depth, width, left.x, left.depth, args.weight,
         [bias = args.bias](int64_t, int64_t column) { return load(bias + column); },
-        [=, y = args.y + begin * columns, slope = args.negative_slope](int64_t row, int64_t column,
-                                                                       Vector<T> sum) {
-          if (row < valid) {
-            store_some(y + row * columns + column, leaky_relu(sum, slope), columns - column);
-          }
+        [=, slope = args.negative_slope](int64_t row, int64_t column, Vector<T> sum) {
+          if (row < valid) store_some(target(row) + column, leaky_relu(sum, slope), columns - column);
         },
         left.beside);
   }
@@ -70,14 +70,13 @@ void some_rows(const LinearActArgs<T>& args, const Rows<T>& left, int64_t begin,
         store(tile + row * width + column, leaky_relu(sum, slope));
       },
       left.beside);
-  for (int64_t row = 0; row < valid; ++row)
-    std::copy_n(tile + row * width, columns, args.y + (begin + row) * columns);
+  for (int64_t row = 0; row < valid; ++row) std::copy_n(tile + row * width, columns, target(row));
 }
 
 template <typename T>
 void linear_act(const LinearActArgs<T>& args, int64_t begin, int64_t end) {
   const int64_t own = args.own_depth, other = args.depth - own;
-  const bool is_whole = args.columns == args.columns_padded;
+  const bool is_whole = args.columns == args.columns_padded && !args.targets;
   Scratch<T> tile((is_whole ? kRowBlock : kChunk) * args.columns_padded);
   for (; end - begin >= kRowBlock;) {
     const int64_t rows = std::min(kChunk, (end - begin) / kRowBlock * kRowBlock);

@@ -9,13 +9,14 @@ namespace avatar {
 
 template <typename T>
 struct LinearActArgs {
-  const T* x;             // (rows, own_depth)
-  const T* beside;        // (rows, depth - own_depth): the columns after those of x; or null
-  const T* weight;        // packed panels (depth, columns padded to whole vectors)
-  const T* bias;          // padded
-  const T* rest;          // (., columns), added to; or null
-  const int64_t* places;  // (rows,): the row of `rest` for each, which is its own with null
-  T* y;                   // (rows, columns)
+  const T* x;              // (rows, own_depth)
+  const T* beside;         // (rows, depth - own_depth): the columns after those of x; or null
+  const T* weight;         // packed panels (depth, columns padded to whole vectors)
+  const T* bias;           // padded
+  const T* rest;           // (., columns), added to; or null
+  const int64_t* places;   // (rows,): the row of `rest` for each, which is its own with null
+  T* y;                    // (rows, columns)
+  const int64_t* targets;  // (rows,): the row of y for each, which is its own with null
   int64_t depth, own_depth, columns, columns_padded;
   T negative_slope;
 };

@@ -14,7 +14,6 @@ from avatar.models.point_features import (
     Pyramid,
     RandLANet,
     build_pyramid,
-    curve_codes,
     level_sizes,
 )
 
@@ -240,7 +239,7 @@ def test_pyramid_holds_samples_neighbors_and_nearest_points():
     assert [len(sample) for sample in pyramid.samples] == sizes[1:]
     assert [tuple(level.shape) for level in pyramid.neighbors] == [(size, 5) for size in sizes[:3]]
     assert pyramid.graph.shape == (75, 4)
-    assert torch.equal(pyramid.order, curve_codes(canonical).argsort(stable=True))
+    assert torch.equal(pyramid.order.sort().values, torch.arange(300))
     points = canonical[pyramid.order]
     for level, sample in enumerate(pyramid.samples):
         assert len(sample.unique()) == len(sample)
@@ -251,18 +250,6 @@ def test_pyramid_holds_samples_neighbors_and_nearest_points():
         points = points[sample]
         if level == 0:
             assert torch.equal(pyramid.graph, torch.cdist(points, points).argsort(1)[:, :4])
-
-
-def test_curve_codes_interleave_the_bits_of_the_coordinates():
-    points = torch.rand(50, 3, dtype=torch.float64)
-    low = points.amin(0)
-    steps = ((points - low) / (points.amax(0) - low).amax() * (2**10 - 1)).int()
-    expected = torch.zeros(50, dtype=torch.int32)
-    for bit in range(10):
-        for axis in range(3):
-            expected |= (steps[:, axis] >> bit & 1) << (3 * bit + axis)
-    assert torch.equal(curve_codes(points), expected)
-    assert (curve_codes(points[:1].expand(4, -1)) == 0).all()
 
 
 def test_pyramid_is_a_function_of_points_options_and_seed():

@@ -116,22 +116,33 @@ def test_values_alone_are_the_values(channels, dtype, isa):
     expected, _ = avatar_ops.edge_max(features, neighbors)
     assert torch.equal(edge_max_values(features, neighbors).nan_to_num(7), expected.nan_to_num(7))
     assert torch.equal(edge_max_values(features[0], neighbors[0]), expected[0])
+    rows = torch.randint(60, (25,))
+    chosen = edge_max_values(features, neighbors, rows)
+    assert torch.equal(chosen.nan_to_num(7), expected[:, rows].nan_to_num(7))
+    assert torch.equal(edge_max_values(features[0], neighbors[0], rows.int()), expected[0, rows])
 
 
 def test_values_alone_have_a_gradient_where_one_is_wanted():
     features = torch.randn(9, 4, dtype=torch.float64, requires_grad=True)
     neighbors = torch.randint(9, (6, 3))
-    assert torch.autograd.gradcheck(lambda f: edge_max_values(f, neighbors), features)
+    for rows in (None, torch.tensor([5, 0, 5])):
+        assert torch.autograd.gradcheck(lambda f, rows=rows: edge_max_values(f, neighbors, rows), features)
     assert not edge_max_values(features.detach(), neighbors).requires_grad
 
 
 def test_values_alone_pass_opcheck_and_reject_what_edge_max_does():
     features, neighbors = torch.randn(2, 9, 20), torch.randint(-1, 9, (2, 6, 3))
-    torch.library.opcheck(torch.ops.avatar_ops.edge_max_values.default, (features, neighbors))
+    for rows in (None, torch.tensor([3, 1])):
+        torch.library.opcheck(torch.ops.avatar_ops.edge_max_values.default, (features, neighbors, rows))
+    with pytest.raises(IndexError, match=r"edge_max_values: rows\[1\] = 6"):
+        edge_max_values(features, neighbors, torch.tensor([0, 6]))
+    with pytest.raises(ValueError, match="rows: got shape"):
+        edge_max_values(features, neighbors, torch.zeros(1, 1, dtype=torch.int64))
     with pytest.raises(TypeError, match="features"):
         edge_max_values(features.int(), neighbors)
     with pytest.raises(ValueError, match="features"):
         edge_max_values(features[None], neighbors)
     neighbors[1, 2, 0] = 9
-    with pytest.raises(IndexError, match=r"neighbors\[1, 2, 0\] = 9"):
-        edge_max_values(features, neighbors)
+    for rows in (None, torch.tensor([4, 2])):
+        with pytest.raises(IndexError, match=r"neighbors\[1, 2, 0\] = 9"):
+            edge_max_values(features, neighbors, rows)

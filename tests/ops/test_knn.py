@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import avatar_ops
-from avatar_ops import PointIndex, knn, knn_graph, reference
-from avatar_ops.knn import knn_graph_by_clouds
+from avatar_ops import KNN, PointIndex, knn, knn_graph, reference
+from avatar_ops.knn import arrange_by_build, knn_graph_by_clouds
 
-INF = float("inf")
+INF, NAN = float("inf"), float("nan")
 
 
 def assert_same(actual, expected, tolerance=0.0):
@@ -319,6 +319,58 @@ def test_point_index_gives_what_knn_gives_with_gradients(dims):
         ]
         for a, e in zip(*gradients, strict=True):
             assert torch.equal(a, e)
+
+
+@pytest.mark.parametrize(
+    "arrange", [torch.ops.avatar_ops.knn_arrange, arrange_by_build], ids=["cpu", "build"]
+)
+@pytest.mark.parametrize("dims", [1, 3, 20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_arranged_index_is_one_of_the_points_in_its_order(dtype, dims, arrange):
+    points = torch.randn(3, 70, dims).to(dtype)
+    points[0, 5], points[0, 9, -1], points[2, 1] = NAN, INF, -INF
+    lengths = torch.tensor([70, 0, 64])
+    order, parts = arrange(points, lengths)
+    assert torch.equal(order.sort(1).values, torch.arange(70).expand(3, -1))
+    # Those that are not in the index come last.
+    assert order[0, -2:].tolist() == [5, 9]
+    assert order[1].tolist() == list(range(70))
+    assert order[2, -7:].tolist() == [1, *range(64, 70)]
+    arranged = points.take_along_dim(order.unsqueeze(2), 1)
+    for own in (False, True):
+        actual = torch.ops.avatar_ops.knn_search(parts, arranged, None, 4, None, own)
+        assert_same(KNN(*actual), knn(arranged, 4, lengths=lengths, exclude_self=own))
+
+
+def test_arranged_index_has_near_points_near_each_other():
+    points = torch.rand(5000, 3)
+    index, order = PointIndex.arranged(points)
+    assert torch.equal(index.points, points[order])
+    assert_same(index.knn(5), knn(points[order], 5))
+    # Twelve that follow each other span an eighth of the cloud at most, here and there more.
+    spans = index.points[:4992].view(-1, 12, 3)
+    spans = (spans.amax(1) - spans.amin(1)).amax(1)
+    assert spans.median() < 1 / 4
+
+
+def test_arranged_index_has_gradients_compiles_and_passes_opcheck():
+    points = torch.randn(2, 40, 3, requires_grad=True)
+
+    def search(points):
+        index, order = PointIndex.arranged(points)
+        return index.knn(3, exclude_self=True).distances, order
+
+    torch._dynamo.reset()
+    compiled = torch.compile(search, backend="aot_eager", fullgraph=True)
+    (actual, order), (expected, expected_order) = compiled(points), search(points)
+    assert torch.equal(order, expected_order)
+    rows = points.take_along_dim(order.unsqueeze(2), 1)
+    literal = torch.autograd.grad(knn(rows, 3, exclude_self=True).distances.sum(), points)
+    for distances in (actual, expected):
+        torch.testing.assert_close(torch.autograd.grad(distances.sum(), points), literal)
+    for dims in (3, 20):
+        args = (torch.randn(2, 40, dims), None)
+        torch.library.opcheck(torch.ops.avatar_ops.knn_arrange.default, args)
 
 
 def test_point_index_without_batch_and_moved():

@@ -75,6 +75,8 @@ def test_layers_are_one_after_the_other(points, widths, dtype, isa):
     options["places"] = torch.randint(4, (points,))
     actual = linear_act_layers(x, *layers, **options)
     torch.testing.assert_close(actual, one_by_one(x, *layers, **options), rtol=1e-4, atol=1e-4)
+    targets = torch.randperm(points)
+    assert torch.equal(linear_act_layers(x, *layers, targets=targets, **options)[:, targets], actual)
     options = {"rest": torch.randn(2, points, widths[1], dtype=dtype)}
     layers = layers_of(*widths, dtype=dtype)
     actual = linear_act_layers(x, *layers, **options)
@@ -86,8 +88,10 @@ def test_layers_have_gradients_where_they_are_wanted():
     x, beside = torch.randn(1, 5, 3).double().requires_grad_(), torch.randn(1, 5, 2).double().requires_grad_()
     weights = [weight.requires_grad_() for weight in weights]
 
+    targets = torch.randperm(5)
+
     def through(x, beside, *weights):
-        return linear_act_layers(x, weights, biases, slopes, beside=beside)
+        return linear_act_layers(x, weights, biases, slopes, beside=beside, targets=targets)
 
     assert torch.autograd.gradcheck(through, (x, beside, *weights))
     with torch.no_grad():
@@ -97,7 +101,7 @@ def test_layers_have_gradients_where_they_are_wanted():
 
 def test_layers_pass_opcheck():
     weights, biases, slopes = layers_of(3, 16, 5)
-    args = (torch.randn(2, 7, 3), None, weights, biases, None, None, slopes)
+    args = (torch.randn(2, 7, 3), None, weights, biases, None, None, torch.randperm(7), slopes)
     torch.library.opcheck(torch.ops.avatar_ops.linear_act_layers.default, args)
 
 
@@ -112,6 +116,9 @@ def test_layers_pass_opcheck():
         ({"negative_slopes": [0.2, 2.0]}, ValueError, "negative_slope"),
         ({"beside": torch.randn(1, 5, 1)}, ValueError, "beside"),
         ({"places": torch.zeros(6, dtype=torch.int64)}, ValueError, "places: got some without rest"),
+        ({"targets": torch.arange(5)}, ValueError, "targets: got shape"),
+        ({"targets": torch.arange(1, 7)}, IndexError, "linear_act_layers: targets"),
+        ({"targets": torch.zeros(6, dtype=torch.int64)}, IndexError, r"every index in \[0, 6\) once"),
         (
             {"rest": torch.randn(1, 2, 4), "places": torch.tensor([0, 1, 0, 2, 0, 0])},
             IndexError,
