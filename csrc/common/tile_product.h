@@ -248,7 +248,7 @@ struct Beside {
   int64_t lda = 0, depth = 0;
 };
 
-template <int kRows, int kVectors, typename T, typename Init, typename Done>
+template <int kRows, int kVectors, bool kFetch, typename T, typename Init, typename Done>
 __attribute__((always_inline)) inline void product_panel(int64_t row, int64_t column, int64_t depth,
                                                          const T* a, int64_t lda, const T* panel,
                                                          const Init& init, const Done& done,
@@ -263,6 +263,7 @@ __attribute__((always_inline)) inline void product_panel(int64_t row, int64_t co
   const auto add = [&](int64_t depth, const T* a, int64_t lda, const T* panel)
                        __attribute__((always_inline)) {
                          for (int64_t d = 0; d < depth; ++d) {
+                           if constexpr (kFetch) __builtin_prefetch(a + kRows * (lda + d));
                            Vector<T> b[kVectors];
                            for (int v = 0; v < kVectors; ++v)
                              b[v] = load(panel + (d * kVectors + v) * kLanes<T>);
@@ -288,28 +289,35 @@ __attribute__((always_inline)) inline void product_panel(int64_t row, int64_t co
 // One panel of columns from `column` on of init + [a ; beside] b for all rows, a multiple of kRows; b is
 // packed (see TileLayout::pack). `init(row, column)` gives the vector to start from, `done(row, column,
 // vector)` takes it: best if they hold what they use by value, as stores might change what they refer to. Not
-// inlined, as constants of the code around it would take the registers of the sums.
-template <int kRows = kRowBlock, typename T, typename Init, typename Done>
+// inlined, as constants of the code around it would take the registers of the sums. With kFetch the next
+// rows of a are fetched meanwhile.
+template <int kRows = kRowBlock, bool kFetch = false, typename T, typename Init, typename Done>
 __attribute__((noinline)) void product_columns(int64_t rows, int64_t depth, int64_t column, int64_t columns,
                                                const T* a, int64_t lda, const T* packed, Init init, Done done,
                                                Beside<T> beside = {}) {
   const T* panel = packed + (depth + beside.depth) * column;
   if (columns - column >= kPanelVectors * kLanes<T>) {
     for (int64_t row = 0; row < rows; row += kRows) {
-      product_panel<kRows, kPanelVectors>(row, column, depth, a, lda, panel, init, done, beside);
+      product_panel<kRows, kPanelVectors, kFetch>(row, column, depth, a, lda, panel, init, done, beside);
     }
   } else {
     for (int64_t row = 0; row < rows; row += kRows) {
-      product_panel<kRows, 1>(row, column, depth, a, lda, panel, init, done, beside);
+      product_panel<kRows, 1, kFetch>(row, column, depth, a, lda, panel, init, done, beside);
     }
   }
 }
 
-// All columns, a multiple of the vector's lanes.
-template <int kRows = kRowBlock, typename T, typename Init, typename Done>
+// All columns, a multiple of the vector's lanes. kFetch is for rows of a that follow each other in memory and
+// may not be in cache: fetched as they are first gone through, where that takes long enough.
+template <int kRows = kRowBlock, bool kFetch = false, typename T, typename Init, typename Done>
 inline void product(int64_t rows, int64_t depth, int64_t columns, const T* a, int64_t lda, const T* packed,
                     const Init& init, const Done& done, const Beside<T>& beside = {}) {
-  for (int64_t column = 0; column < columns; column += kPanelVectors * kLanes<T>) {
+  int64_t column = 0;
+  if (kFetch && depth >= 64) {
+    product_columns<kRows, kFetch>(rows, depth, column, columns, a, lda, packed, init, done, beside);
+    column += kPanelVectors * kLanes<T>;
+  }
+  for (; column < columns; column += kPanelVectors * kLanes<T>) {
     product_columns<kRows>(rows, depth, column, columns, a, lda, packed, init, done, beside);
   }
 }
@@ -416,8 +424,9 @@ void project(int64_t rows, int64_t depth, int64_t columns, const T* a, const T* 
              T* target) {
   const auto start = [=](int64_t, int64_t column) { return bias ? load(bias + column) : Vector<T>{}; };
   const int64_t whole = rows / kRowBlock * kRowBlock;
-  product(whole, depth, columns, a, depth, packed, start,
-          [=](int64_t row, int64_t column, Vector<T> sum) { store(target + row * columns + column, sum); });
+  product<kRowBlock, true>(
+      whole, depth, columns, a, depth, packed, start,
+      [=](int64_t row, int64_t column, Vector<T> sum) { store(target + row * columns + column, sum); });
   if (whole == rows) return;
   Scratch<T> last(kRowBlock * depth);
   for (int64_t row = 0; row < kRowBlock; ++row) {

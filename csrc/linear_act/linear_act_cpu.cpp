@@ -93,7 +93,7 @@ Tensor through_layers(const char* op, const Tensor& x_in, const std::optional<Te
     const T* added = rest ? const_data<T>(*rest) : nullptr;
     T* outputs = mutable_data<T>(y);
     const int64_t grain = (1 << 18) / std::max<int64_t>(1, work);
-    parallel_parts(batch * rows, grain, kChunk, [&](int64_t begin, int64_t end) {
+    parallel_parts(batch * rows, grain, kChunk / 4, [&](int64_t begin, int64_t end) {
       const int64_t size = count > 1 ? kChunk * widest : 0;
       const Buffer<T> between = buffer<T>(2 * size);
       while (begin < end) {

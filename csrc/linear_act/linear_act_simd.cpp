@@ -26,7 +26,8 @@ void whole_rows(const LinearActArgs<T>& args, const Rows<T>& left, int64_t begin
                           int64_t row, int64_t column, Vector<T> sum) {
       store(y + row * columns + column, leaky_relu(sum, slope));
     };
-    product(rows, left.depth, columns, left.x, left.depth, args.weight, start, done, left.beside);
+    product<kRowBlock, true>(rows, left.depth, columns, left.x, left.depth, args.weight, start, done,
+                             left.beside);
   };
   const T *bias = args.bias, *rest = args.rest;
   if (!rest) return run([=](int64_t, int64_t column) { return load(bias + column); });
