@@ -38,6 +38,10 @@ inline Vector<float> compress(uint32_t mask, Vector<float> value) {
 inline Vector<double> compress(uint32_t mask, Vector<double> value) {
   return _mm512_maskz_compress_pd(mask, (__m512d)value);
 }
+// Reads and writes 16 numbers.
+inline void compress(uint32_t mask, const int32_t* source, int32_t* target) {
+  _mm512_storeu_si512(target, _mm512_maskz_compress_epi32(mask, _mm512_loadu_si512(source)));
+}
 
 // For position networks of one or two layers in three dimensions.
 template <typename T>
@@ -56,8 +60,8 @@ class TileScores {
         has_majority_(mlp_.slope >= T(1e-3)),
         blocks_(capacity_),
         signs_(2 * (capacity_ + 1) * vectors(widest_)),
-        places_(widest_),
-        terms_(capacity_ * most_terms_),
+        places_(widest_ + kNumbers),
+        terms_(capacity_ * (most_terms_ + kNumbers)),
         codes_(kCode * code_stride_),
         values_((capacity_ + kEdgeRows) * value_stride_),
         factors_(3 * widest_),
@@ -119,6 +123,8 @@ class TileScores {
   // What finding channels costs, in products of one edge and one channel.
   static constexpr int64_t kFinding = 100;
   static constexpr int kEdgeRows = 8;
+  // Numbers of channels that are read and written at once.
+  static constexpr int kNumbers = 16;
   // Rows of a product beyond whole ones of kRowBlock.
   static constexpr int kRest = 4;
 
@@ -145,7 +151,7 @@ class TileScores {
   T* excess_above() const { return factors_.row(widest_); }
   T* excess_below() const { return factors_.row(2 * widest_); }
   // Rows of the matrix that a block lists, and for each of its edges the values that go with them.
-  int32_t* terms(int64_t block) const { return terms_.row(block * most_terms_); }
+  int32_t* terms(int64_t block) const { return terms_.row(block * (most_terms_ + kNumbers)); }
   T* values(int64_t row) const { return values_.row(row * value_stride_); }
 
   // Hence the matrix has fewer rows from centres than there are edges.
@@ -260,6 +266,21 @@ class TileScores {
     return (any(block)[vector] & ~other) | (~all(block)[vector] & other) | none()[vector];
   }
 
+  // The channels of a vector that have a negative sign in more than half of the blocks, where blocks with both
+  // signs count half.
+  uint32_t mostly_negative(int64_t v) const {
+    using Bits = typename Vectors<T>::Bits;
+    using Lane = decltype(Bits{}[0] + 0);
+    const Bits lanes = (Bits)load(reinterpret_cast<const T*>(lane_bits_));
+    Bits balance{};
+    for (int64_t b = 0; b < block_count_; ++b) {
+      balance += (lanes & (Bits{} + static_cast<Lane>(any(b)[v]))) != 0;
+      balance += (lanes & (Bits{} + static_cast<Lane>(all(b)[v]))) != 0;
+    }
+    // Each sign counted -1.
+    return sign_bits<T>(balance + static_cast<Lane>(block_count_));
+  }
+
   // Chooses the factors that list the fewest; how many edges and channels they leave with an excess. Does not
   // look closely where that is almost everywhere.
   int64_t choose(int64_t width) const {
@@ -278,13 +299,7 @@ class TileScores {
     for (int64_t v = 0; v < vectors(width); ++v) {
       const uint32_t mixed = none()[v];
       uint32_t chosen = negative()[v];
-      for (uint32_t bits = has_majority_ ? mixed : 0; bits; bits &= bits - 1) {
-        const int lane = __builtin_ctz(bits);
-        int64_t balance = 0;
-        for (int64_t b = 0; b < block_count_; ++b)
-          balance += (any(b)[v] >> lane & 1) + (all(b)[v] >> lane & 1);
-        if (balance > block_count_) chosen |= uint32_t{1} << lane;
-      }
+      if (has_majority_ && mixed) chosen |= mixed & mostly_negative(v);
       negative()[v] = chosen;
       none()[v] = has_majority_ ? 0 : mixed;
       for (int64_t b = 0; mixed && b < block_count_; ++b) {
@@ -296,38 +311,41 @@ class TileScores {
   }
 
   // Adds to the blocks' terms the excess in what a layer gave, whose channels become rows of the matrix from
-  // `mapped_` on.
+  // `mapped_` on. As good as without branches, since what is listed is hard to foretell.
   void add_excess(int64_t layer, int64_t width) {
     const T* output = tile_.hidden(layer);
     copied_ = 0;
-    std::fill_n(places_.get(), width, int32_t{-1});
+    for (int64_t v = 0; v < vectors(width); ++v) {
+      uint32_t channels = 0;
+      for (int64_t b = 0; b < block_count_; ++b) channels |= listed(b, v);
+      for (; channels; channels &= channels - 1) {
+        const int64_t channel = v * kLanes<T> + __builtin_ctz(channels);
+        places_.get()[channel] = static_cast<int32_t>(mapped_ + copied_);
+        members_.get()[copied_++] = static_cast<int32_t>(channel);
+      }
+    }
     for (int64_t b = 0; b < block_count_; ++b) {
       Block& block = blocks_.get()[b];
-      int32_t* term = terms(b) + block.terms;
       for (int64_t v = 0; v < vectors(width); ++v) {
         const uint32_t channels = listed(b, v);
         if (!channels) continue;
-        const int64_t p = v * kLanes<T>, place = term - terms(b);
+        const int64_t p = v * kLanes<T>, rows = block.end - block.begin, stride = value_stride_;
         const Vector<T> above = load(excess_above() + p), below = load(excess_below() + p);
         const T* source = output + block.begin * width + p;
-        T* target = values(block.begin) + place;
-        for (int64_t rows = block.end - block.begin, stride = value_stride_; rows > 0; --rows) {
-          const Vector<T> value = load(source);
-          store(target, compress(channels, value * (value > T(0) ? above : below)));
-          source += width;
-          target += stride;
+        T* target = values(block.begin) + block.terms;
+        const auto add = [=](int64_t r) {
+          const Vector<T> value = load(source + r * width);
+          store(target + r * stride, compress(channels, value * (value > T(0) ? above : below)));
+        };
+        if (rows == kEdgeRows) {
+#pragma GCC unroll 8
+          for (int r = 0; r < kEdgeRows; ++r) add(r);
+        } else {
+          for (int64_t r = 0; r < rows; ++r) add(r);
         }
-        for (uint32_t bits = channels; bits; bits &= bits - 1) {
-          const int64_t channel = p + __builtin_ctz(bits);
-          int32_t& number = places_.get()[channel];
-          if (number < 0) {
-            number = static_cast<int32_t>(copied_);
-            members_.get()[copied_++] = static_cast<int32_t>(channel);
-          }
-          *term++ = static_cast<int32_t>(mapped_) + number;
-        }
+        compress(channels, places_.row(p), terms(b) + block.terms);
+        block.terms += __builtin_popcount(channels);
       }
-      block.terms = term - terms(b);
     }
   }
 
