@@ -7,8 +7,8 @@
 #include "common/position_tile.h"
 #include "local_attention_pool/local_attention_pool_linear.h"
 #if defined(__AVX512F__)
+#include "local_attention_pool/local_attention_pool_attend.h"
 #include "local_attention_pool/local_attention_pool_narrow.h"
-#include "local_attention_pool/local_attention_pool_tiles.h"
 #endif
 
 namespace avatar {
@@ -125,6 +125,8 @@ int64_t pool_rows(const PoolArgs<T>& args, int64_t begin, int64_t end) {
 #if defined(__AVX512F__)
   if (args.by_tiles) {
     TileScores<T> by_tile(args, tile);
+    Scratch<T> totals(2 * kPanel);
+    Scratch<int64_t> left_out(tile.capacity() + 1);
     // Segments go together whose scores stay in the first-level cache.
     const auto by_parts = [&](const auto& body) {
       for (int64_t first = 0, last = 0; first < tile.segments(); first = last) {
@@ -147,7 +149,25 @@ int64_t pool_rows(const PoolArgs<T>& args, int64_t begin, int64_t end) {
       }
       for (int64_t column = 0; column < args.hidden; column += kPanel) {
         by_tile.prepare(column);
-        by_parts([&](int64_t first, int64_t last) { part(first, last, column); });
+        const bool of_one_kind = column + kPanel <= args.channels_padded ||
+                                 (column >= args.channels_padded && column + kPanel <= args.hidden);
+        if (!std::is_same_v<T, float> || !of_one_kind) {
+          by_parts([&](int64_t first, int64_t last) { part(first, last, column); });
+          continue;
+        }
+        if constexpr (std::is_same_v<T, float>) {
+          if (column < args.channels_padded) {
+            by_tile.take_scores(column, of_features,
+                                BlockAttention<true>(args, tile, column, totals.get(), left_out.get()));
+          } else {
+            by_tile.take_scores(column, of_features,
+                                BlockAttention<false>(args, tile, column, totals.get(), left_out.get()));
+          }
+          for (int64_t n = 1; n <= *left_out.get(); ++n) {
+            const int64_t segment = left_out.get()[n];
+            part(segment, segment + 1, column);
+          }
+        }
       }
     });
   }

@@ -47,6 +47,12 @@ inline void compress(uint32_t mask, const int32_t* source, int32_t* target) {
 template <typename T>
 class TileScores {
  public:
+  static constexpr int kEdgeRows = 8;
+  // At most kEdgeRows edges of one segment, and how many channels with an excess are listed for them.
+  struct Block {
+    int64_t begin, end, segment, terms;
+  };
+
   TileScores(const PoolArgs<T>& args, PositionTile<T>& tile)
       : args_(args),
         mlp_(args.position),
@@ -113,7 +119,15 @@ class TileScores {
     }
     T* target = panel - first * kPanel - column;
     edge_sums<false>({column, columns, matrix_.get(), kPanel}, first, first + count, init,
-                     [=](int64_t row, int64_t c, Vector<T> sum) { store(target + row * kPanel + c, sum); });
+                     each([=](int64_t row, int64_t c, Vector<T> sum) { store(target + row * kPanel + c, sum); }));
+  }
+
+  // The same of all segments, whose edges share their products, for a whole panel: take(block, column, sums),
+  // the blocks one after the other.
+  template <typename Init, typename Take>
+  void take_scores(int64_t column, const Init& init, const Take& take) const {
+    panel_sums<false, kPanelVectors>({column, args_.hidden, matrix_.get(), kPanel}, 0, tile_.count(), init,
+                                     take);
   }
 
  private:
@@ -122,16 +136,11 @@ class TileScores {
   static constexpr int64_t kCode = 4;
   // What finding channels costs, in products of one edge and one channel.
   static constexpr int64_t kFinding = 100;
-  static constexpr int kEdgeRows = 8;
   // Numbers of channels that are read and written at once.
   static constexpr int kNumbers = 16;
   // Rows of a product beyond whole ones of kRowBlock.
   static constexpr int kRest = 4;
 
-  // At most kEdgeRows edges of one segment, and how many channels with an excess are listed for them.
-  struct Block {
-    int64_t begin, end, segment, terms;
-  };
   // One panel of columns of a linear map: the first one, all columns, and the matrix in rows `pitch` apart.
   struct Map {
     int64_t column, columns;
@@ -448,9 +457,9 @@ class TileScores {
       edge_sums<true>(
           {column, width, matrix, width}, 0, tile_.count(),
           [bias = layer.bias](int64_t, int64_t c) { return load(bias + c); },
-          [=, out = tile_.hidden(1), slope = mlp_.slope](int64_t row, int64_t c, Vector<T> sum) {
+          each([=, out = tile_.hidden(1), slope = mlp_.slope](int64_t row, int64_t c, Vector<T> sum) {
             store(out + row * width + c, leaky_relu(sum, slope));
-          });
+          }));
     }
   }
 
@@ -471,21 +480,34 @@ class TileScores {
     return true;
   }
 
-  // done(init + ...) of edges [first, last) of whole segments, one panel of columns; with kSigns, notes the
-  // signs of the sums.
-  template <bool kSigns, typename Init, typename Done>
-  void edge_sums(const Map& map, int64_t first, int64_t last, const Init& init, const Done& done) const {
+  // Takes the sums of a block one vector after the other.
+  template <typename Done>
+  static auto each(const Done& done) {
+    return [=](const Block& block, int64_t column, const auto& sums) __attribute__((always_inline)) {
+      constexpr int kVectors = sizeof sums[0] / sizeof sums[0][0];
+#pragma GCC unroll 8
+      for (int r = 0; r < kEdgeRows; ++r) {
+#pragma GCC unroll 2
+        for (int v = 0; v < kVectors; ++v) done(block.begin + r, column + v * kLanes<T>, sums[r][v]);
+      }
+    };
+  }
+
+  // take(block, column, init + ...) of the blocks of edges [first, last) of whole segments, one panel of
+  // columns; with kSigns, notes the signs of the sums.
+  template <bool kSigns, typename Init, typename Take>
+  void edge_sums(const Map& map, int64_t first, int64_t last, const Init& init, const Take& take) const {
     if (map.columns - map.column >= kPanel) {
-      panel_sums<kSigns, kPanelVectors>(map, first, last, init, done);
+      panel_sums<kSigns, kPanelVectors>(map, first, last, init, take);
     } else {
-      panel_sums<kSigns, 1>(map, first, last, init, done);
+      panel_sums<kSigns, 1>(map, first, last, init, take);
     }
   }
 
-  template <bool kSigns, int kVectors, typename Init, typename Done>
-  void panel_sums(const Map& map, int64_t first, int64_t last, const Init& init, const Done& done) const {
+  template <bool kSigns, int kVectors, typename Init, typename Take>
+  void panel_sums(const Map& map, int64_t first, int64_t last, const Init& init, const Take& take) const {
     for (int64_t b = block_of(first); b < block_count_ && blocks_.get()[b].begin < last; ++b) {
-      block_sums<kSigns, kVectors>(map, b, init, done);
+      block_sums<kSigns, kVectors>(map, b, init, take);
     }
   }
 
@@ -498,8 +520,8 @@ class TileScores {
   }
 
   // Rows of a block that is not whole come out as well, and are overwritten by the next one.
-  template <bool kSigns, int kVectors, typename Init, typename Done>
-  __attribute__((noinline)) void block_sums(const Map& map, int64_t b, Init init, Done done) const {
+  template <bool kSigns, int kVectors, typename Init, typename Take>
+  __attribute__((noinline)) void block_sums(const Map& map, int64_t b, Init init, Take take) const {
     const Block& block = blocks_.get()[b];
     const int64_t begin = block.begin, column = map.column, pitch = map.pitch;
     const int64_t code_stride = code_stride_, value_stride = value_stride_, count = block.terms;
@@ -526,11 +548,7 @@ class TileScores {
     for (int d = 0; d < kCode; ++d) add(matrix + d * pitch, codes + d * code_stride, 1);
     for (int64_t m = 0; m < count; ++m) add(matrix + listed_rows[m] * pitch, numbers + m, value_stride);
     if constexpr (kSigns) find_signs<kEdgeRows, kVectors>(b, column, sums, block.end - begin);
-#pragma GCC unroll 8
-    for (int r = 0; r < kEdgeRows; ++r) {
-#pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) done(begin + r, column + v * kLanes<T>, sums[r][v]);
-    }
+    take(block, column, sums);
   }
 
   const PoolArgs<T>& args_;
