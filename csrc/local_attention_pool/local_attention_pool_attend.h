@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <numeric>
 
 #include "local_attention_pool/local_attention_pool_tiles.h"
 
@@ -10,99 +11,108 @@ namespace avatar {
 namespace AVATAR_ISA {
 namespace {
 
-// One panel of columns, all of features or (kFeature false) of positions. Segments without edges and those
-// whose weights are not moderate are left out, and noted.
-template <bool kFeature>
+// Takes the scores of a tile's blocks in panels, each all of features or all of positions; of float only.
+template <typename T>
 class BlockAttention {
  public:
-  using Block = TileScores<float>::Block;
-  static constexpr int kRows = TileScores<float>::kEdgeRows;
-  static constexpr int64_t kPanel = kPanelVectors * kLanes<float>;
+  using Block = typename TileScores<T>::Block;
+  static constexpr int kRows = TileScores<T>::kEdgeRows;
+  static constexpr int64_t kPanel = kPanelVectors * kLanes<T>;
 
-  // `totals` has room for two panels, `left_out` for all segments after their number.
-  BlockAttention(const PoolArgs<float>& args, const PositionTile<float>& tile, int64_t column, float* totals,
-                 int64_t* left_out)
+  // A segment and a panel whose weights are not moderate.
+  struct Rest {
+    int64_t segment, column;
+  };
+
+  BlockAttention(const PoolArgs<T>& args, const PositionTile<T>& tile)
       : args_(args),
         tile_(tile),
-        place_(kFeature ? column : column - args.channels_padded),
-        stride_(kFeature ? args.channels_padded : args.position.out_padded),
-        values_((kFeature ? args.features : tile.output()) + place_),
-        neighbors_(tile.neighbors()),
-        totals_(totals),
-        left_out_(left_out) {
-    *left_out = 0;
-    for (int64_t s = 0; s < tile.segments(); ++s) {
-      if (tile.segment_begin(s) == tile.segment_end(s)) leave_out(s);
-    }
+        totals_(2 * args.hidden),
+        own_rows_(tile.capacity()),
+        rest_((tile.capacity() + 1) * (args.hidden / kPanel + 1)) {
+    std::iota(own_rows_.get(), own_rows_.row(tile.capacity()), 0);
   }
 
-  __attribute__((always_inline)) void operator()(
-      const Block& block, int64_t, const Vector<float> (&scores)[kRows][kPanelVectors]) const {
-    Vector<float> sum[kPanelVectors], pooled[kPanelVectors];
-    if (block.begin == tile_.segment_begin(block.segment)) {
+  // Whether a panel is whole and of one kind.
+  bool takes(int64_t column) const {
+    return sizeof(T) == sizeof(float) &&
+           column + kPanel <= (column < args_.channels_padded ? args_.channels_padded : args_.hidden);
+  }
+
+  // What the blocks since the last call have left out.
+  void clear() { rest_count_ = 0; }
+  int64_t rest_count() const { return rest_count_; }
+  const Rest& rest(int64_t n) const { return rest_.get()[n]; }
+
+  __attribute__((always_inline)) void add(const Block& block, int64_t column,
+                                          const Vector<T> (&scores)[kRows][kPanelVectors]) {
+    const bool is_feature = column < args_.channels_padded;
+    const T* values = is_feature ? args_.features + column : tile_.output() + column - args_.channels_padded;
+    const int64_t stride = is_feature ? args_.channels_padded : args_.position.out_padded;
+    const int64_t* rows = (is_feature ? tile_.neighbors() : own_rows_.get()) + block.begin;
+    T *sums = totals_.row(column), *pools = totals_.row(args_.hidden + column);
+    Vector<T> sum[kPanelVectors], pooled[kPanelVectors];
+    const bool begins = block.begin == tile_.segment_begin(block.segment);
 #pragma GCC unroll 2
-      for (int v = 0; v < kPanelVectors; ++v) sum[v] = pooled[v] = Vector<float>{};
-    } else {
-#pragma GCC unroll 2
-      for (int v = 0; v < kPanelVectors; ++v) {
-        sum[v] = load(totals_ + v * kLanes<float>);
-        pooled[v] = load(totals_ + kPanel + v * kLanes<float>);
-      }
+    for (int v = 0; v < kPanelVectors; ++v) {
+      sum[v] = begins ? Vector<T>{} : load(sums + v * kLanes<T>);
+      pooled[v] = begins ? Vector<T>{} : load(pools + v * kLanes<T>);
     }
-    const auto add = [&](int r) __attribute__((always_inline)) {
-      const int64_t row = block.begin + r;
-      const float* value = values_ + (kFeature ? neighbors_[row] : row) * stride_;
+    const auto add_row = [&](int r) __attribute__((always_inline)) {
+      const T* value = values + rows[r] * stride;
 #pragma GCC unroll 2
       for (int v = 0; v < kPanelVectors; ++v) {
-        const Vector<float> weight = exp2_finite(scores[r][v]);
+        const Vector<T> weight = exp2_finite(scores[r][v]);
         sum[v] += weight;
-        pooled[v] += weight * load(value + v * kLanes<float>);
+        pooled[v] += weight * load(value + v * kLanes<T>);
       }
     };
-    if (block.end - block.begin == kRows) {
+    const int64_t count = block.end - block.begin;
+    if (count == kRows) {
 #pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) add(r);
+      for (int r = 0; r < kRows; ++r) add_row(r);
     } else {
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
-        if (r < block.end - block.begin) add(r);
+        if (r < count) add_row(r);
       }
     }
-    if (block.end == tile_.segment_end(block.segment)) return finish(block.segment, sum, pooled);
+    if (block.end == tile_.segment_end(block.segment)) return finish(block.segment, column, sum, pooled);
 #pragma GCC unroll 2
     for (int v = 0; v < kPanelVectors; ++v) {
-      store(totals_ + v * kLanes<float>, sum[v]);
-      store(totals_ + kPanel + v * kLanes<float>, pooled[v]);
+      store(sums + v * kLanes<T>, sum[v]);
+      store(pools + v * kLanes<T>, pooled[v]);
     }
   }
 
  private:
-  void finish(int64_t segment, const Vector<float> (&sum)[kPanelVectors],
-              const Vector<float> (&pooled)[kPanelVectors]) const {
+  void finish(int64_t segment, int64_t column, const Vector<T> (&sum)[kPanelVectors],
+              const Vector<T> (&pooled)[kPanelVectors]) {
     for (int v = 0; v < kPanelVectors; ++v) {
-      if (!is_moderate(sum[v], pooled[v])) return leave_out(segment);
+      if (is_moderate(sum[v], pooled[v])) continue;
+      rest_.get()[rest_count_++] = {segment, column};
+      return;
     }
-    const int64_t valid = (kFeature ? args_.channels : args_.position_channels) - place_;
+    const bool is_feature = column < args_.channels_padded;
+    const int64_t place = is_feature ? column : column - args_.channels_padded;
+    const int64_t valid = (is_feature ? args_.channels : args_.position_channels) - place;
     const int64_t first = tile_.segment_point(segment) * (args_.channels + args_.position_channels) +
-                          (kFeature ? place_ : args_.channels + place_);
+                          (is_feature ? place : args_.channels + place);
     for (int v = 0; v < kPanelVectors; ++v) {
-      const int64_t offset = v * kLanes<float>;
+      const int64_t offset = v * kLanes<T>;
       store_some(args_.pooled + first + offset, pooled[v] / sum[v], valid - offset);
       if (!args_.statistics) continue;
-      store_some(args_.statistics + first + offset, natural_log<float>(Vector<float>{}, sum[v]),
+      store_some(args_.statistics + first + offset, natural_log<T>(Vector<T>{}, sum[v]),
                  valid - offset);
     }
   }
 
-  void leave_out(int64_t segment) const { left_out_[++*left_out_] = segment; }
-
-  const PoolArgs<float>& args_;
-  const PositionTile<float>& tile_;
-  const int64_t place_, stride_;
-  const float* const values_;
-  const int64_t* const neighbors_;
-  float* const totals_;
-  int64_t* const left_out_;
+  const PoolArgs<T>& args_;
+  const PositionTile<T>& tile_;
+  Scratch<T> totals_;
+  Scratch<int64_t> own_rows_;
+  int64_t rest_count_ = 0;
+  Scratch<Rest> rest_;
 };
 
 }  // namespace

@@ -125,8 +125,7 @@ int64_t pool_rows(const PoolArgs<T>& args, int64_t begin, int64_t end) {
 #if defined(__AVX512F__)
   if (args.by_tiles) {
     TileScores<T> by_tile(args, tile);
-    Scratch<T> totals(2 * kPanel);
-    Scratch<int64_t> left_out(tile.capacity() + 1);
+    BlockAttention<T> attention(args, tile);
     // Segments go together whose scores stay in the first-level cache.
     const auto by_parts = [&](const auto& body) {
       for (int64_t first = 0, last = 0; first < tile.segments(); first = last) {
@@ -147,26 +146,24 @@ int64_t pool_rows(const PoolArgs<T>& args, int64_t begin, int64_t end) {
           for (int64_t column = 0; column < args.hidden; column += kPanel) part(first, last, column);
         });
       }
+      by_tile.prepare();
+      attention.clear();
+      by_tile.take_scores([&](int64_t column) { return attention.takes(column); }, of_features,
+                          [&](const auto& block, int64_t column, const auto& sums)
+                              __attribute__((always_inline)) {
+                                if constexpr (sizeof(T) == sizeof(float)) attention.add(block, column, sums);
+                              });
+      for (int64_t n = 0; n < attention.rest_count(); ++n) {
+        const auto [segment, column] = attention.rest(n);
+        part(segment, segment + 1, column);
+      }
       for (int64_t column = 0; column < args.hidden; column += kPanel) {
-        by_tile.prepare(column);
-        const bool of_one_kind = column + kPanel <= args.channels_padded ||
-                                 (column >= args.channels_padded && column + kPanel <= args.hidden);
-        if (!std::is_same_v<T, float> || !of_one_kind) {
+        if (!attention.takes(column)) {
           by_parts([&](int64_t first, int64_t last) { part(first, last, column); });
           continue;
         }
-        if constexpr (std::is_same_v<T, float>) {
-          if (column < args.channels_padded) {
-            by_tile.take_scores(column, of_features,
-                                BlockAttention<true>(args, tile, column, totals.get(), left_out.get()));
-          } else {
-            by_tile.take_scores(column, of_features,
-                                BlockAttention<false>(args, tile, column, totals.get(), left_out.get()));
-          }
-          for (int64_t n = 1; n <= *left_out.get(); ++n) {
-            const int64_t segment = left_out.get()[n];
-            part(segment, segment + 1, column);
-          }
+        for (int64_t s = 0; s < tile.segments(); ++s) {
+          if (tile.segment_begin(s) == tile.segment_end(s)) attend(s, s + 1, column);
         }
       }
     });

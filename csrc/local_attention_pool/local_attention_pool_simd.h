@@ -42,7 +42,9 @@ static bool is_narrow(const PoolArgs<T>& args) {
 // Rows of a tile. Results depend on which rows share one, so threads take whole tiles.
 template <typename T>
 static int64_t rows_of_tile(const PoolArgs<T>& args) {
-  const int64_t edges = args.by_tiles ? 192 : 48;
+  // Wide codes of two layers take large matrices for each tile.
+  const bool is_large = args.position.depth > 1 && args.hidden >= 256;
+  const int64_t edges = !args.by_tiles ? 48 : is_large ? 320 : 192;
   return std::max<int64_t>(1, edges / std::max<int64_t>(1, args.k));
 }
 

@@ -11,46 +11,25 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <numeric>
 
 #include "common/position_tile.h"
 #include "local_attention_pool/local_attention_pool_edges.h"
+#include "local_attention_pool/local_attention_pool_factors.h"
 #include "local_attention_pool/local_attention_pool_simd.h"
 
 namespace avatar {
 namespace AVATAR_ISA {
 namespace {
 
-// Bit l: whether lane l has its sign bit set.
-template <typename T>
-inline uint32_t sign_bits(typename Vectors<T>::Bits value) {
-  if constexpr (sizeof(T) == 4) {
-    return _mm512_mask_cmpgt_epi32_mask(0xffff, (__m512i)(value ^ value), (__m512i)value);
-  }
-  uint32_t bits = 0;
-  for (int64_t lane = 0; lane < kLanes<T>; ++lane) bits |= uint32_t{value[lane] < 0} << lane;
-  return bits;
-}
-
-// The lanes of the mask, moved together.
-inline Vector<float> compress(uint32_t mask, Vector<float> value) {
-  return _mm512_maskz_compress_ps(mask, (__m512)value);
-}
-inline Vector<double> compress(uint32_t mask, Vector<double> value) {
-  return _mm512_maskz_compress_pd(mask, (__m512d)value);
-}
-// Reads and writes 16 numbers.
-inline void compress(uint32_t mask, const int32_t* source, int32_t* target) {
-  _mm512_storeu_si512(target, _mm512_maskz_compress_epi32(mask, _mm512_loadu_si512(source)));
-}
-
 // For position networks of one or two layers in three dimensions.
 template <typename T>
 class TileScores {
  public:
   static constexpr int kEdgeRows = 8;
-  // At most kEdgeRows edges of one segment, and how many channels with an excess are listed for them.
+  // At most kEdgeRows edges of one segment.
   struct Block {
-    int64_t begin, end, segment, terms;
+    int64_t begin, end, segment;
   };
 
   TileScores(const PoolArgs<T>& args, PositionTile<T>& tile)
@@ -59,25 +38,24 @@ class TileScores {
         tile_(tile),
         capacity_(tile.capacity()),
         widest_(args.position.widest),
-        most_terms_(2 * widest_),
-        most_rows_(2 * capacity_ + 2 * most_terms_),
+        most_rows_(2 * capacity_ + 4 * widest_),
         code_stride_(capacity_ + kLanes<T>),
-        value_stride_(most_terms_ + kLanes<T>),
-        has_majority_(mlp_.slope >= T(1e-3)),
+        value_stride_(2 * widest_ + kLanes<T>),
         blocks_(capacity_),
-        signs_(2 * (capacity_ + 1) * vectors(widest_)),
-        places_(widest_ + kNumbers),
-        terms_(capacity_ * (most_terms_ + kNumbers)),
+        factors_{{mlp_.slope, widest_, capacity_}, {mlp_.slope, widest_, capacity_}},
         codes_(kCode * code_stride_),
-        values_((capacity_ + kEdgeRows) * value_stride_),
-        factors_(3 * widest_),
-        members_(most_rows_),
         inputs_((capacity_ + kRest) * widest_),
         second_((most_rows_ + kRest) * widest_),
-        matrix_((most_rows_ + kRest) * kPanel) {
+        matrix_((most_rows_ + kRest) * round_up(args.hidden, kPanel)),
+        values_(kEdgeRows * value_stride_),
+        places_(2 * widest_ + kNumbers),
+        channels_(2 * widest_ + kNumbers),
+        term_rows_(2 * widest_ + kNumbers),
+        term_values_(2 * widest_ + kNumbers),
+        members_(most_rows_) {
     std::fill_n(inputs_.get(), (capacity_ + kRest) * widest_, T(0));
     std::fill_n(codes_.get(), kCode * code_stride_, T(0));
-    for (int64_t lane = 0; lane < kLanes<T>; ++lane) lane_bits_[lane] = 1 << lane;
+    std::iota(channels_.get(), channels_.row(2 * widest_), 0);
   }
 
   // The position code of the tile, and the way its scores will be made.
@@ -97,18 +75,18 @@ class TileScores {
     }
   }
 
-  // Whether edges share their scores' products, which prepare(column) makes.
+  // Whether edges share their scores' products, which prepare() makes.
   bool shared() const { return shared_; }
-
-  // What the edges of the tile share in one panel of columns.
-  void prepare(int64_t column) const {
-    make_matrix(mlp_.out_padded, column, args_.hidden, args_.position_weight, matrix_.get(), kPanel);
+  void prepare() const {
+    for (int64_t column = 0; column < args_.hidden; column += kPanel) {
+      make_matrix(mlp_.out_padded, column, args_.hidden, args_.position_weight, panel_of(column), kPanel);
+    }
   }
 
   // One panel of columns of init + S r for the edges of segments [begin, end); their rows from 0 on, and at
   // most kRowBlock - 1 more.
   template <typename Init>
-  void scores(int64_t begin, int64_t end, int64_t column, const Init& init, T* panel) const {
+  void scores(int64_t begin, int64_t end, int64_t column, const Init& init, T* panel) {
     const int64_t width = mlp_.out_padded, columns = args_.hidden, first = tile_.segment_begin(begin);
     const int64_t count = tile_.segment_end(end - 1) - first;
     if (!shared_) {
@@ -118,16 +96,25 @@ class TileScores {
           [=](int64_t row, int64_t c, Vector<T> sum) { store(panel + row * kPanel + c - column, sum); });
     }
     T* target = panel - first * kPanel - column;
-    edge_sums<false>({column, columns, matrix_.get(), kPanel}, first, first + count, init,
-                     each([=](int64_t row, int64_t c, Vector<T> sum) { store(target + row * kPanel + c, sum); }));
+    const auto take =
+        each([=](int64_t row, int64_t c, Vector<T> sum) { store(target + row * kPanel + c, sum); });
+    for (int64_t b = block_of(first); b < block_count_ && block(b).begin < first + count; ++b) {
+      list_excess(b, mlp_.depth);
+      block_sums<false>({column, columns, panel_of(column), kPanel}, b, init, take);
+    }
   }
 
-  // The same of all segments, whose edges share their products, for a whole panel: take(block, column, sums),
-  // the blocks one after the other.
-  template <typename Init, typename Take>
-  void take_scores(int64_t column, const Init& init, const Take& take) const {
-    panel_sums<false, kPanelVectors>({column, args_.hidden, matrix_.get(), kPanel}, 0, tile_.count(), init,
-                                     take);
+  // The same for all edges, which share their products, and whole panels that begin with a column for which
+  // `wants` holds: take(block, column, sums), the panels of a block and the blocks one after the other.
+  template <typename Wants, typename Init, typename Take>
+  void take_scores(const Wants& wants, const Init& init, const Take& take) {
+    for (int64_t b = 0; b < block_count_; ++b) {
+      list_excess(b, mlp_.depth);
+      for (int64_t column = 0; column + kPanel <= args_.hidden; column += kPanel) {
+        if (!wants(column)) continue;
+        panel_sums<false, kPanelVectors>({column, args_.hidden, panel_of(column), kPanel}, b, init, take);
+      }
+    }
   }
 
  private:
@@ -149,19 +136,8 @@ class TileScores {
   };
 
   static int64_t vectors(int64_t width) { return width / kLanes<T>; }
-  // By vectors of channels: whether any and whether all edges of a block have a negative sign.
-  uint32_t* any(int64_t block) const { return signs_.row(2 * block * vectors(widest_)); }
-  uint32_t* all(int64_t block) const { return any(block) + vectors(widest_); }
-  // Whether the tile's factor is that of negative numbers, and whether it is zero.
-  uint32_t* negative() const { return any(capacity_); }
-  uint32_t* none() const { return all(capacity_); }
-  // Of channels: the tile's factor, and what turns numbers above and below zero into their excess.
-  T* factor() const { return factors_.get(); }
-  T* excess_above() const { return factors_.row(widest_); }
-  T* excess_below() const { return factors_.row(2 * widest_); }
-  // Rows of the matrix that a block lists, and for each of its edges the values that go with them.
-  int32_t* terms(int64_t block) const { return terms_.row(block * (most_terms_ + kNumbers)); }
-  T* values(int64_t row) const { return values_.row(row * value_stride_); }
+  const Block& block(int64_t b) const { return blocks_.get()[b]; }
+  T* panel_of(int64_t column) const { return matrix_.row(column * (mapped_ + copied_)); }
 
   // Hence the matrix has fewer rows from centres than there are edges.
   static bool is_cheaper(int64_t cost, int64_t than) { return 4 * cost < 3 * than; }
@@ -174,7 +150,7 @@ class TileScores {
       edge_codes(mlp_.points, tile_.segment_point(s), tile_.neighbors() + begin, end - begin, code_stride_,
                  codes_.row(begin));
       for (int64_t row = begin; row < end; row += kEdgeRows) {
-        blocks_.get()[block_count_++] = {row, std::min<int64_t>(row + kEdgeRows, end), s, 0};
+        blocks_.get()[block_count_++] = {row, std::min<int64_t>(row + kEdgeRows, end), s};
       }
     }
   }
@@ -189,7 +165,7 @@ class TileScores {
   }
 
   // What the first layer gives, and its signs.
-  void first_layer() const {
+  void first_layer() {
     const int64_t width = mlp_.layers[0].out;
     for (int64_t column = 0; column < width; column += kPanel) {
       if (width - column >= kPanel) {
@@ -201,14 +177,14 @@ class TileScores {
   }
 
   template <int kVectors>
-  __attribute__((noinline)) void first_panel(int64_t column) const {
+  __attribute__((noinline)) void first_panel(int64_t column) {
     const PositionLayer<T>& layer = mlp_.layers[0];
     const int64_t width = layer.out, stride = code_stride_;
     const T* weight = mlp_.from_center + column;
     const T slope = mlp_.slope;
     T* output = tile_.hidden(0) + column;
     for (int64_t b = 0; b < block_count_; ++b) {
-      const Block block = blocks_.get()[b];
+      const Block block = this->block(b);
       const T* codes = codes_.row(block.begin);
       Vector<T> sums[kEdgeRows][kVectors];
 #pragma GCC unroll 2
@@ -228,7 +204,7 @@ class TileScores {
           for (int v = 0; v < kVectors; ++v) sums[r][v] += left * right[v];
         }
       }
-      find_signs<kEdgeRows, kVectors>(b, column, sums, block.end - block.begin);
+      factors_[0].find_signs(b, vectors(column), sums, block.end - block.begin);
       T* target = output + block.begin * width;
 #pragma GCC unroll 8
       for (int r = 0; r < kEdgeRows; ++r) {
@@ -240,120 +216,49 @@ class TileScores {
     }
   }
 
-  // Notes the signs of the first `rows` rows.
-  template <int kRows, int kVectors>
-  __attribute__((always_inline)) inline void find_signs(int64_t block, int64_t column,
-                                                        const Vector<T> (&sums)[kRows][kVectors],
-                                                        int64_t rows) const {
-    using Bits = typename Vectors<T>::Bits;
-    uint32_t *any_sign = any(block) + vectors(column), *all_signs = all(block) + vectors(column);
-#pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) {
-      Bits somewhere{}, everywhere = ~Bits{};
-      if (rows == kRows) {
-#pragma GCC unroll 8
-        for (int r = 0; r < kRows; ++r) {
-          somewhere |= (Bits)sums[r][v];
-          everywhere &= (Bits)sums[r][v];
-        }
-      } else {
-#pragma GCC unroll 8
-        for (int r = 0; r < kRows; ++r) {
-          const Bits counts = Bits{} - (r < rows);
-          somewhere |= (Bits)sums[r][v] & counts;
-          everywhere &= (Bits)sums[r][v] | ~counts;
-        }
-      }
-      any_sign[v] = mlp_.slope == T(1) ? 0 : sign_bits<T>(somewhere);
-      all_signs[v] = mlp_.slope == T(1) ? 0 : sign_bits<T>(everywhere);
-    }
+  // How many edges and channels of a layer have an excess above the factors chosen for it.
+  int64_t choose(int64_t layer) {
+    return factors_[layer].choose(
+        vectors(mlp_.layers[layer].out), block_count_, tile_.count(),
+        [this](int64_t b) { return block(b).end - block(b).begin; });
   }
 
-  // Channels of a vector with an excess in a block.
-  uint32_t listed(int64_t block, int64_t vector) const {
-    const uint32_t other = negative()[vector];
-    return (any(block)[vector] & ~other) | (~all(block)[vector] & other) | none()[vector];
-  }
-
-  // The channels of a vector that have a negative sign in more than half of the blocks, where blocks with both
-  // signs count half.
-  uint32_t mostly_negative(int64_t v) const {
-    using Bits = typename Vectors<T>::Bits;
-    using Lane = decltype(Bits{}[0] + 0);
-    const Bits lanes = (Bits)load(reinterpret_cast<const T*>(lane_bits_));
-    Bits balance{};
-    for (int64_t b = 0; b < block_count_; ++b) {
-      balance += (lanes & (Bits{} + static_cast<Lane>(any(b)[v]))) != 0;
-      balance += (lanes & (Bits{} + static_cast<Lane>(all(b)[v]))) != 0;
-    }
-    // Each sign counted -1.
-    return sign_bits<T>(balance + static_cast<Lane>(block_count_));
-  }
-
-  // Chooses the factors that list the fewest; how many edges and channels they leave with an excess. Does not
-  // look closely where that is almost everywhere.
-  int64_t choose(int64_t width) const {
-    int64_t all_mixed = 0, excess = 0;
-    for (int64_t v = 0; v < vectors(width); ++v) {
-      uint32_t any_sign = 0, all_signs = ~uint32_t{0};
-      for (int64_t b = 0; b < block_count_; ++b) {
-        any_sign |= any(b)[v];
-        all_signs &= all(b)[v];
-      }
-      negative()[v] = any_sign & all_signs;
-      none()[v] = any_sign & ~all_signs;
-      all_mixed += __builtin_popcount(none()[v]);
-    }
-    if (4 * all_mixed > 3 * width) return tile_.count() * width;
-    for (int64_t v = 0; v < vectors(width); ++v) {
-      const uint32_t mixed = none()[v];
-      uint32_t chosen = negative()[v];
-      if (has_majority_ && mixed) chosen |= mixed & mostly_negative(v);
-      negative()[v] = chosen;
-      none()[v] = has_majority_ ? 0 : mixed;
-      for (int64_t b = 0; mixed && b < block_count_; ++b) {
-        const Block& block = blocks_.get()[b];
-        excess += (block.end - block.begin) * __builtin_popcount(listed(b, v));
-      }
-    }
-    return excess;
-  }
-
-  // Adds to the blocks' terms the excess in what a layer gave, whose channels become rows of the matrix from
-  // `mapped_` on. As good as without branches, since what is listed is hard to foretell.
-  void add_excess(int64_t layer, int64_t width) {
-    const T* output = tile_.hidden(layer);
+  // The rows of the matrix, from `mapped_` on, for channels of a layer that any block lists.
+  void place_excess(int64_t layer) {
     copied_ = 0;
-    for (int64_t v = 0; v < vectors(width); ++v) {
+    for (int64_t v = 0; v < vectors(mlp_.layers[layer].out); ++v) {
       uint32_t channels = 0;
-      for (int64_t b = 0; b < block_count_; ++b) channels |= listed(b, v);
+      for (int64_t b = 0; b < block_count_; ++b) channels |= factors_[layer].listed(b, v);
       for (; channels; channels &= channels - 1) {
         const int64_t channel = v * kLanes<T> + __builtin_ctz(channels);
-        places_.get()[channel] = static_cast<int32_t>(mapped_ + copied_);
+        places_.get()[layer * widest_ + channel] = static_cast<int32_t>(mapped_ + copied_);
         members_.get()[copied_++] = static_cast<int32_t>(channel);
       }
     }
-    for (int64_t b = 0; b < block_count_; ++b) {
-      Block& block = blocks_.get()[b];
+  }
+
+  // Lists the excess of a block in the first layers: rows of the matrix, and what goes with them. As good as
+  // without branches, since what is listed is hard to foretell.
+  void list_excess(int64_t b, int64_t layers) {
+    terms_ = 0;
+    for (int64_t layer = 0; layer < layers; ++layer) {
+      const TileFactors<T>& factors = factors_[layer];
+      const int64_t width = mlp_.layers[layer].out;
+      const T* output = tile_.hidden(layer) + block(b).begin * width;
       for (int64_t v = 0; v < vectors(width); ++v) {
-        const uint32_t channels = listed(b, v);
+        const uint32_t channels = factors.listed(b, v);
         if (!channels) continue;
-        const int64_t p = v * kLanes<T>, rows = block.end - block.begin, stride = value_stride_;
-        const Vector<T> above = load(excess_above() + p), below = load(excess_below() + p);
-        const T* source = output + block.begin * width + p;
-        T* target = values(block.begin) + block.terms;
-        const auto add = [=](int64_t r) {
-          const Vector<T> value = load(source + r * width);
-          store(target + r * stride, compress(channels, value * (value > T(0) ? above : below)));
-        };
-        if (rows == kEdgeRows) {
+        const int64_t p = v * kLanes<T>, place = layer * widest_ + p, stride = value_stride_;
+        const Vector<T> above = factors.above(v), below = factors.below(v);
+        T* target = values_.row(place);
 #pragma GCC unroll 8
-          for (int r = 0; r < kEdgeRows; ++r) add(r);
-        } else {
-          for (int64_t r = 0; r < rows; ++r) add(r);
+        for (int r = 0; r < kEdgeRows; ++r) {
+          const Vector<T> value = load(output + r * width + p);
+          store(target + r * stride, value * (value > T(0) ? above : below));
         }
-        compress(channels, places_.row(p), terms(b) + block.terms);
-        block.terms += __builtin_popcount(channels);
+        compress(channels, places_.row(place), term_rows_.row(terms_));
+        compress(channels, channels_.row(place), term_values_.row(terms_));
+        terms_ += __builtin_popcount(channels);
       }
     }
   }
@@ -363,14 +268,14 @@ class TileScores {
     const int64_t width = mlp_.layers[0].out, segments = tile_.segments(), count = tile_.count();
     const int64_t cost = kFinding + (kCode + segments) * width + kCode * count;
     if (!is_cheaper(cost, count * width) || !is_near()) return false;
-    excess_ = choose(width);
+    excess_ = choose(0);
     if (!is_cheaper(cost + excess_, count * width)) return false;
     mapped_ = kCode + segments;
-    fill_inputs(width, [=](int64_t row, int64_t p) {
+    fill_inputs(0, [=](int64_t row, int64_t p) {
       return row < kCode ? load(mlp_.from_center + row * width + p)
                          : own_part(tile_.segment_point(row - kCode), p);
     });
-    add_excess(0, width);
+    place_excess(0);
     return true;
   }
 
@@ -401,22 +306,13 @@ class TileScores {
     return sum - sum == T(0) && farthest <= 64 * longest * longest;
   }
 
-  // What becomes the first rows of the matrix: source(row, p), which gives vectors of channels from p on,
-  // times the factors.
+  // What becomes the first rows of the matrix: source(row, p), which gives vectors of a layer's channels from
+  // p on, times the factors.
   template <typename Source>
-  void fill_inputs(int64_t width, const Source& source) const {
-    using Bits = typename Vectors<T>::Bits;
-    const Bits lanes = (Bits)load(reinterpret_cast<const T*>(lane_bits_));
-    const Vector<T> zero{}, one = splat(T(1)), slope = splat(mlp_.slope);
+  void fill_inputs(int64_t layer, const Source& source) {
+    const int64_t width = mlp_.layers[layer].out;
     for (int64_t p = 0; p < width; p += kLanes<T>) {
-      const auto has = [&](uint32_t bits) {
-        return (lanes & (Bits{} + static_cast<decltype(lanes[0] + 0)>(bits))) != 0;
-      };
-      const Bits is_none = has(none()[p / kLanes<T>]), is_negative = has(negative()[p / kLanes<T>]);
-      const Vector<T> factor = is_none ? zero : is_negative ? slope : one;
-      // What an edge of the other sign has above the factor times its number.
-      store(excess_above() + p, is_none ? one : is_negative ? one - slope : zero);
-      store(excess_below() + p, is_none ? one : is_negative ? zero : one - one / slope);
+      const Vector<T> factor = factors_[layer].factor(p / kLanes<T>);
       for (int64_t row = 0; row < mapped_; ++row)
         store(inputs_.row(row * width + p), factor * source(row, p));
     }
@@ -448,18 +344,22 @@ class TileScores {
   }
 
   // The second layer of the code.
-  void second_layer() const {
+  void second_layer() {
     const PositionLayer<T>& layer = mlp_.layers[1];
     const int64_t width = layer.out;
     for (int64_t column = 0; column < width; column += kPanel) {
-      T* matrix = second_.get() + column;
-      make_matrix(layer.in, column, width, layer.weight, matrix, width);
-      edge_sums<true>(
-          {column, width, matrix, width}, 0, tile_.count(),
-          [bias = layer.bias](int64_t, int64_t c) { return load(bias + c); },
-          each([=, out = tile_.hidden(1), slope = mlp_.slope](int64_t row, int64_t c, Vector<T> sum) {
-            store(out + row * width + c, leaky_relu(sum, slope));
-          }));
+      make_matrix(layer.in, column, width, layer.weight, second_.row(column), width);
+    }
+    const auto init = [bias = layer.bias](int64_t, int64_t c) { return load(bias + c); };
+    const auto take =
+        each([=, out = tile_.hidden(1), slope = mlp_.slope](int64_t row, int64_t c, Vector<T> sum) {
+          store(out + row * width + c, leaky_relu(sum, slope));
+        });
+    for (int64_t b = 0; b < block_count_; ++b) {
+      list_excess(b, 1);
+      for (int64_t column = 0; column < width; column += kPanel) {
+        block_sums<true>({column, width, second_.row(column), width}, b, init, take);
+      }
     }
   }
 
@@ -469,14 +369,14 @@ class TileScores {
     const int64_t width = layer.out, count = tile_.count(), centers = mapped_;
     const int64_t rows = mapped_ + copied_;
     const int64_t cost = kFinding + rows * width + kCode * count + excess_;
-    if (rows > capacity_ || !is_cheaper(cost + choose(width), count * width)) return false;
+    if (rows > capacity_ || !is_cheaper(cost + choose(1), count * width)) return false;
     mapped_ = rows;
-    fill_inputs(width, [=](int64_t row, int64_t p) {
+    fill_inputs(1, [=](int64_t row, int64_t p) {
       if (row >= centers) return packed_row(layer, members_.get()[row - centers], p);
       const Vector<T> value = load(second_.row(row * width + p));
       return row < kCode ? value : value + load(layer.bias + p);
     });
-    add_excess(1, width);
+    place_excess(1);
     return true;
   }
 
@@ -493,21 +393,15 @@ class TileScores {
     };
   }
 
-  // take(block, column, init + ...) of the blocks of edges [first, last) of whole segments, one panel of
-  // columns; with kSigns, notes the signs of the sums.
+  // take(block, column, init + ...) of a block whose excess is listed, one panel of columns; with kSigns, notes
+  // the signs of the sums as the second layer's. Rows of a block that is not whole come out as well, and are
+  // overwritten by the next one.
   template <bool kSigns, typename Init, typename Take>
-  void edge_sums(const Map& map, int64_t first, int64_t last, const Init& init, const Take& take) const {
+  void block_sums(const Map& map, int64_t b, const Init& init, const Take& take) {
     if (map.columns - map.column >= kPanel) {
-      panel_sums<kSigns, kPanelVectors>(map, first, last, init, take);
+      panel_sums<kSigns, kPanelVectors>(map, b, init, take);
     } else {
-      panel_sums<kSigns, 1>(map, first, last, init, take);
-    }
-  }
-
-  template <bool kSigns, int kVectors, typename Init, typename Take>
-  void panel_sums(const Map& map, int64_t first, int64_t last, const Init& init, const Take& take) const {
-    for (int64_t b = block_of(first); b < block_count_ && blocks_.get()[b].begin < last; ++b) {
-      block_sums<kSigns, kVectors>(map, b, init, take);
+      panel_sums<kSigns, 1>(map, b, init, take);
     }
   }
 
@@ -519,14 +413,13 @@ class TileScores {
            blocks;
   }
 
-  // Rows of a block that is not whole come out as well, and are overwritten by the next one.
   template <bool kSigns, int kVectors, typename Init, typename Take>
-  __attribute__((noinline)) void block_sums(const Map& map, int64_t b, Init init, Take take) const {
-    const Block& block = blocks_.get()[b];
-    const int64_t begin = block.begin, column = map.column, pitch = map.pitch;
-    const int64_t code_stride = code_stride_, value_stride = value_stride_, count = block.terms;
-    const T *matrix = map.matrix, *codes = codes_.row(begin), *numbers = values(begin);
-    const int32_t* listed_rows = terms(b);
+  __attribute__((noinline)) void panel_sums(const Map& map, int64_t b, Init init, Take take) {
+    const Block& block = this->block(b);
+    const int64_t begin = block.begin, column = map.column, pitch = map.pitch, count = terms_;
+    const int64_t code_stride = code_stride_, value_stride = value_stride_;
+    const T *matrix = map.matrix, *codes = codes_.row(begin), *values = values_.get();
+    const int32_t *rows = term_rows_.get(), *places = term_values_.get();
     Vector<T> sums[kEdgeRows][kVectors];
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) {
@@ -546,17 +439,15 @@ class TileScores {
     };
 #pragma GCC unroll 4
     for (int d = 0; d < kCode; ++d) add(matrix + d * pitch, codes + d * code_stride, 1);
-    for (int64_t m = 0; m < count; ++m) add(matrix + listed_rows[m] * pitch, numbers + m, value_stride);
-    if constexpr (kSigns) find_signs<kEdgeRows, kVectors>(b, column, sums, block.end - begin);
+    for (int64_t m = 0; m < count; ++m) add(matrix + rows[m] * pitch, values + places[m], value_stride);
+    if constexpr (kSigns) factors_[1].find_signs(b, vectors(column), sums, block.end - begin);
     take(block, column, sums);
   }
 
   const PoolArgs<T>& args_;
   const PositionMlp<T>& mlp_;
   PositionTile<T>& tile_;
-  const int64_t capacity_, widest_, most_terms_, most_rows_, code_stride_, value_stride_;
-  // Whether an excess can be told from what LeakyReLU gave: a slope of next to 0 hides it.
-  const bool has_majority_;
+  const int64_t capacity_, widest_, most_rows_, code_stride_, value_stride_;
   int64_t block_count_ = 0;
   // Rows of the matrix: those mapped, and then those copied, of channels in members_.
   int64_t mapped_ = 0, copied_ = 0;
@@ -564,12 +455,14 @@ class TileScores {
   int64_t excess_ = 0;
   bool shared_ = false;
   Scratch<Block> blocks_;
-  Scratch<uint32_t> signs_;
-  Scratch<int32_t> places_, terms_;
-  Scratch<T> codes_, values_, factors_;
+  TileFactors<T> factors_[2];
+  Scratch<T> codes_, inputs_, second_, matrix_;
+  // What a block lists: of its edges, the excess of the first layer's channels and, after them, of the
+  // second's; where a channel has its row of the matrix; the rows, and the places among an edge's values.
+  int64_t terms_ = 0;
+  Scratch<T> values_;
+  Scratch<int32_t> places_, channels_, term_rows_, term_values_;
   Scratch<int32_t> members_;
-  Scratch<T> inputs_, second_, matrix_;
-  std::conditional_t<sizeof(T) == 4, int32_t, int64_t> lane_bits_[kLanes<T>];
 };
 
 }  // namespace
