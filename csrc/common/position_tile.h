@@ -236,15 +236,32 @@ class PositionTile {
   Scratch<T> code_, hidden_;
 };
 
+// What walk_rows calls `distance` rows before it comes to a row, to fetch what that will need.
+template <typename Row>
+struct Ahead {
+  int64_t distance;
+  Row row;
+};
+
+// With point(p) for every neighbour p of the row that is to come.
+template <typename Point>
+inline auto neighbors_ahead(const int64_t* neighbors, int64_t k, int64_t cloud, const Point& point) {
+  const auto row = [=](int64_t row) {
+    const int64_t base = row / cloud * cloud;
+    for (int64_t edge = row * k; edge < (row + 1) * k; ++edge) {
+      if (static_cast<uint64_t>(neighbors[edge]) < static_cast<uint64_t>(cloud)) point(base + neighbors[edge]);
+    }
+  };
+  return Ahead<decltype(row)>{std::max<int64_t>(1, kTileRows / std::max<int64_t>(k, 1)), row};
+}
+
 // Fills tiles with the edges of rows order[begin], ..., order[end - 1] (begin, ... without an order), whole
 // rows and at most `most_rows` of them, and calls body() for each. neighbors (rows, k) of clouds of `cloud`
-// rows each. ahead(point) is called some edges before one to that point comes, to fetch what it will need.
-// Returns the flat position of the first neighbour out of range, or -1.
-template <typename T, typename Ahead, typename Body>
+// rows each. Returns the flat position of the first neighbour out of range, or -1.
+template <typename T, typename Row, typename Body>
 inline int64_t walk_rows(PositionTile<T>& tile, const int64_t* neighbors, int64_t k, int64_t cloud,
                          const int64_t* order, int64_t begin, int64_t end, int64_t most_rows,
-                         const Ahead& ahead, const Body& body) {
-  const int64_t distance = std::max<int64_t>(1, kTileRows / std::max<int64_t>(k, 1));
+                         const Ahead<Row>& ahead, const Body& body) {
   const auto is_inside = [=](int64_t neighbor) {
     return static_cast<uint64_t>(neighbor) < static_cast<uint64_t>(cloud);
   };
@@ -254,13 +271,7 @@ inline int64_t walk_rows(PositionTile<T>& tile, const int64_t* neighbors, int64_
     for (; place < end && place - first < most_rows && tile.count() + k <= tile.capacity(); ++place) {
       const int64_t row = order ? order[place] : place, base = row / cloud * cloud;
       tile.begin_segment(row);
-      if (place + distance < end) {
-        const int64_t next = order ? order[place + distance] : place + distance;
-        const int64_t next_base = next / cloud * cloud;
-        for (int64_t edge = next * k; edge < (next + 1) * k; ++edge) {
-          if (is_inside(neighbors[edge])) ahead(next_base + neighbors[edge]);
-        }
-      }
+      if (const int64_t next = place + ahead.distance; next < end) ahead.row(order ? order[next] : next);
       uint64_t outside = 0;
       for (int64_t edge = row * k; edge < (row + 1) * k; ++edge) outside |= !is_inside(neighbors[edge]);
       if (!outside) {

@@ -90,9 +90,9 @@ template <typename T>
 int64_t moments_rows(const EdgeMomentsArgs<T>& args, int64_t begin, int64_t end, EdgeMoments& moments) {
   PositionTile<T> tile(args.position, args.k);
   Deviations<T> deviations(args.position.out_padded);
-  const auto ahead = [&](int64_t point) {
+  const auto ahead = neighbors_ahead(args.neighbors, args.k, args.cloud, [&args](int64_t point) {
     fetch(args.position.points + point * args.position.point_stride, args.position.point_stride);
-  };
+  });
   const int64_t bad =
       walk_rows(tile, args.neighbors, args.k, args.cloud, nullptr, begin, end, tile.capacity(), ahead, [&] {
         if (tile.count() == 0) return;

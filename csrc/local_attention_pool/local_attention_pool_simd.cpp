@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <type_traits>
-#include <utility>
 
 #include "common/position_tile.h"
 #include "local_attention_pool/local_attention_pool_linear.h"
@@ -97,12 +96,7 @@ int64_t pool_rows(const PoolArgs<T>& args, int64_t begin, int64_t end) {
   Scratch<T> panel((tile.capacity() + kRowBlock) * kPanel);
   T* scores = panel.get();
   const int64_t* neighbors = tile.neighbors();
-  // Near centres share neighbours, which are at hand still.
-  constexpr int64_t kRecent = 256;
-  int64_t recent[kRecent];
-  std::fill_n(recent, kRecent, int64_t{-1});
-  const auto ahead = [&](int64_t point) {
-    if (std::exchange(recent[point % kRecent], point) == point) return;
+  const auto fetch_point = [=](int64_t point) {
     fetch(args.position.points + point * args.position.point_stride, args.position.point_stride);
     fetch(args.scores + point * args.hidden, args.hidden);
     fetch(args.features + point * args.channels_padded, args.channels_padded);
@@ -117,7 +111,7 @@ int64_t pool_rows(const PoolArgs<T>& args, int64_t begin, int64_t end) {
       attend_vector(args, tile, first, last, scores + c - column, kPanel, c);
     }
   };
-  const auto walk = [&](const auto& pool) {
+  const auto walk = [&](const auto& ahead, const auto& pool) {
     return walk_rows(tile, args.neighbors, args.k, args.cloud, args.order, begin, end, most_rows, ahead,
                      pool);
   };
@@ -139,7 +133,9 @@ int64_t pool_rows(const PoolArgs<T>& args, int64_t begin, int64_t end) {
       by_tile.scores(first, last, column, of_features, scores);
       attend(first, last, column);
     };
-    return walk([&] {
+    // Neighbours of rows that follow each other are rows not far from there, seldom asked for the first time.
+    const Ahead<decltype(fetch_point)> rows_ahead{256, fetch_point};
+    return walk(rows_ahead, [&] {
       by_tile.forward();
       if (!by_tile.shared()) {
         return by_parts([&](int64_t first, int64_t last) {
@@ -171,7 +167,7 @@ int64_t pool_rows(const PoolArgs<T>& args, int64_t begin, int64_t end) {
 #endif
   LinearChannels<T> channels(args.position, args.position.from_neighbor ? args.position.from_center : nullptr,
                              tile);
-  return walk([&] {
+  return walk(neighbors_ahead(args.neighbors, args.k, args.cloud, fetch_point), [&] {
     if (tile.count() > 0) tile.forward();
     const bool linear = channels.find_each(tile);
     for (int64_t column = 0; column < args.hidden; column += kPanel) {
