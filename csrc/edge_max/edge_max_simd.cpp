@@ -106,6 +106,11 @@ int64_t max_rows(const EdgeMaxArgs<T>& args, int64_t begin, int64_t end, int32_t
   const int64_t ahead = k > 0 ? (kAhead + k - 1) / k : 0;
   for (int64_t row = begin; row < end; ++row) {
     const int64_t* neighbors = args.neighbors_of(row);
+    // Lists of chosen rows do not follow each other.
+    if (args.chosen && row + 2 * ahead + 4 < end) {
+      const int64_t* list = args.neighbors_of(row + 2 * ahead + 4);
+      for (int64_t slot = 0; slot < k; slot += 8) __builtin_prefetch(list + slot);
+    }
     if (row + ahead < end) {
       const int64_t* next = args.neighbors_of(row + ahead);
       for (int64_t slot = 0; slot < k; ++slot) {
