@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,7 @@ define(
     "linear_act_layers(Tensor x, Tensor? beside, Tensor[] weights, Tensor[] biases, Tensor? rest, "
     "Tensor? places, Tensor? targets, float[] negative_slopes) -> Tensor"
 )
+define("linear_norm_fold(Tensor[] parts, float[] eps) -> Tensor[]")
 
 
 def linear_act(
@@ -149,6 +151,38 @@ def _move_rows(x: Tensor, targets: Tensor) -> Tensor:
     return x.index_select(1, torch.empty_like(numbers).scatter_(0, targets, numbers))
 
 
+class NormedLayer(NamedTuple):
+    """A linear map and the batch normalisation after it."""
+
+    weight: Tensor  # (O, I)
+    bias: Tensor  # (O,), as all below
+    norm_weight: Tensor
+    norm_bias: Tensor
+    mean: Tensor
+    variance: Tensor
+
+    def fold(self, eps: float) -> tuple[Tensor, Tensor]:
+        """Weight and bias that do both at once, in the dtypes of those of the linear map."""
+        # Half weights are folded in float32; statistics that come in float64 stay so.
+        variance = self.variance if self.variance.dtype == torch.float64 else self.variance.float()
+        scale = self.norm_weight * (variance + eps).rsqrt()
+        weight = self.weight * scale.unsqueeze(1)
+        bias = (self.bias - self.mean) * scale + self.norm_bias
+        return weight.to(self.weight.dtype), bias.to(self.bias.dtype)
+
+
+def linear_norm_folds(layers: Sequence[NormedLayer], eps: Sequence[float]) -> list[tuple[Tensor, Tensor]]:
+    """`fold` of every layer, by one op where no gradient is wanted; all tensors on one device."""
+    parts = [part for layer in layers for part in layer]
+    wanted = torch.is_grad_enabled() and any(part.requires_grad for part in parts)
+    # The op computes in one dtype.
+    wide = any((part.dtype == torch.float64) != (parts[0].dtype == torch.float64) for part in parts)
+    if wanted or wide:
+        return [layer.fold(each) for layer, each in zip(layers, eps, strict=True)]
+    folded = torch.ops.avatar_ops.linear_norm_fold(parts, list(eps))
+    return list(zip(folded[::2], folded[1::2], strict=True))
+
+
 def _check_beside(x: Tensor, beside: Tensor | None) -> int:
     """The columns beside those of x."""
     if beside is None:
@@ -190,6 +224,19 @@ def _linear_act_layers_cuda(x, beside, weights, biases, rest, places, targets, n
 
 
 torch.library.impl("avatar_ops::linear_act_layers", "CUDA", _linear_act_layers_cuda)
+
+
+@torch.library.register_fake("avatar_ops::linear_norm_fold")
+def _(parts, eps):
+    return [part.new_empty(part.shape) for n, part in enumerate(parts) if n % 6 < 2]
+
+
+def _linear_norm_fold_cuda(parts, eps):
+    layers = [NormedLayer(*parts[n : n + 6]) for n in range(0, len(parts), 6)]
+    return [part for layer, each in zip(layers, eps, strict=True) for part in layer.fold(each)]
+
+
+torch.library.impl("avatar_ops::linear_norm_fold", "CUDA", _linear_norm_fold_cuda)
 
 
 @torch.library.register_fake("avatar_ops::linear_act")

@@ -19,8 +19,7 @@ from avatar_ops.edge_max import edge_max_values
 from avatar_ops.linear_act import linear_act_layers
 from avatar_ops.nearest_sampled import nearest_sampled
 from avatar_ops.nn import EdgeConv, LocalFeatureAggregation
-from avatar_ops.nn.batch_norm import uses_batch_statistics
-from avatar_ops.nn.local_feature_aggregation import LinearNorm
+from avatar_ops.nn.local_feature_aggregation import LinearNorm, running_folds, split_fold
 
 NEGATIVE_SLOPE = 0.2
 NORM_EPS = 1e-6
@@ -225,28 +224,31 @@ class RandLANet(nn.Module):
         arranged = pyramid.arrange(points)
         features = arranged if features is points else pyramid.arrange(features)
         points = arranged
-        x = self.input.activated(features, NEGATIVE_SLOPE)
+        head = self.head or []
+        folds = running_folds((self.input, self.middle, *self.decoder, *head))
+        x = self.input.activated(features, NEGATIVE_SLOPE, folds.get(self.input))
         skips = []
         for block, neighbors, sample in zip(self.encoder, pyramid.neighbors, pyramid.samples, strict=True):
-            x = block(points, x, _for_batch(neighbors, x))
+            neighbors = _for_batch(neighbors, x)
+            x = block(points, x, neighbors)
             if not skips:
                 skips.append(x)
-            x = edge_max_values(x, _for_batch(neighbors, x), sample)
+            x = edge_max_values(x, neighbors, sample)
             points = points.index_select(1, sample)
             skips.append(x)
-        x = self.middle.activated(skips.pop(), NEGATIVE_SLOPE)
+        x = self.middle.activated(skips.pop(), NEGATIVE_SLOPE, folds.get(self.middle))
         *decoder, last = zip(self.decoder, reversed(pyramid.nearest), reversed(skips), strict=True)
         for layer, nearest, skip in decoder:
-            x = layer.activated_with(skip, x, nearest, NEGATIVE_SLOPE)
+            x = layer.activated_with(skip, x, nearest, NEGATIVE_SLOPE, folds.get(layer))
         layer, nearest, skip = last
-        layers = [layer, *(self.head or [])]
-        if self.head is None or self.training or any(uses_batch_statistics(each.norm) for each in layers):
-            x = layer.activated_with(skip, x, nearest, NEGATIVE_SLOPE)
-            for each in layers[1:]:
-                x = each.activated(x, NEGATIVE_SLOPE)
+        layers = [layer, *head]
+        if self.head is None or self.training or not all(each in folds for each in layers):
+            x = layer.activated_with(skip, x, nearest, NEGATIVE_SLOPE, folds.get(layer))
+            for each in head:
+                x = each.activated(x, NEGATIVE_SLOPE, folds.get(each))
             return pyramid.restore(x if self.head is None else self.classifier(self.dropout(x)))
-        *first, mapped = layer.fold_with(skip, x)
-        folded = [first, *(each.running_fold() for each in layers[1:])]
+        *first, mapped = split_fold(folds[layer], skip, x)
+        folded = [first, *(folds[each] for each in head)]
         weights, biases = zip(*folded, (self.classifier.weight, self.classifier.bias), strict=True)
         slopes = [NEGATIVE_SLOPE] * len(folded) + [1]
         return linear_act_layers(

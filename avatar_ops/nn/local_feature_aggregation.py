@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._library import check_slope, is_size
 from ..edge_moments import edge_moments
-from ..linear_act import linear_act, linear_act_layers
+from ..linear_act import NormedLayer, linear_act, linear_act_layers, linear_norm_folds
 from ..local_attention_pool import local_attention_pool
 from .batch_norm import track, uses_batch_statistics
 
 
+Fold = tuple[Tensor, Tensor]
+
+
 class LinearNorm(nn.Module):
-    """Linear map and batch normalisation; called, over points. `fold` serves edges that are never formed."""
+    """Linear map and batch normalisation; called, over points. `fold` serves edges that are never formed.
+
+    Where methods take a `fold`, it is that by the running statistics (`running_folds`); None uses those of
+    the batch, or makes it where the running statistics count.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, eps: float, momentum: float | None):
         super().__init__()
@@ -27,42 +36,55 @@ class LinearNorm(nn.Module):
             return self.norm(y.reshape(-1, y.shape[-1])).view(y.shape)
         return F.linear(x, *self.running_fold())
 
-    def activated(self, x: Tensor, negative_slope: float) -> Tensor:
+    def activated(self, x: Tensor, negative_slope: float, fold: Fold | None = None) -> Tensor:
         """LeakyReLU of `forward`."""
-        if uses_batch_statistics(self.norm):
-            return F.leaky_relu(self(x), negative_slope, inplace=True)
-        return linear_act(x, *self.running_fold(), negative_slope=negative_slope)
+        if fold is None:
+            if uses_batch_statistics(self.norm):
+                return F.leaky_relu(self(x), negative_slope, inplace=True)
+            fold = self.running_fold()
+        return linear_act(x, *fold, negative_slope=negative_slope)
 
-    def activated_with(self, x: Tensor, rest: Tensor, places: Tensor, negative_slope: float) -> Tensor:
+    def activated_with(
+        self, x: Tensor, rest: Tensor, places: Tensor, negative_slope: float, fold: Fold | None = None
+    ) -> Tensor:
         """`activated` of [x ; rest[places]] over (B, N, .), rest (B, M, .) and places (N,).
 
         In evaluation the rows of `rest` go through their part of the linear map before they are copied.
         """
-        if uses_batch_statistics(self.norm):
-            return self.activated(torch.cat([x, rest.index_select(1, places)], -1), negative_slope)
-        weight, bias, mapped = self.fold_with(x, rest)
+        if fold is None:
+            if uses_batch_statistics(self.norm):
+                return self.activated(torch.cat([x, rest.index_select(1, places)], -1), negative_slope)
+            fold = self.running_fold()
+        weight, bias, mapped = split_fold(fold, x, rest)
         return linear_act(x, weight, bias, rest=mapped, places=places, negative_slope=negative_slope)
 
-    def fold_with(self, x: Tensor, rest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of `activated_with` in evaluation: weight of x, bias, and what `rest` adds."""
-        weight, bias = self.running_fold()
-        width = x.shape[-1]
-        return weight[:, :width], bias, linear_act(rest, weight[:, width:])
+    def normed(self, mean: Tensor, variance: Tensor) -> NormedLayer:
+        linear, norm = self.linear, self.norm
+        return NormedLayer(linear.weight, linear.bias, norm.weight, norm.bias, mean, variance)
 
-    def running_fold(self) -> tuple[Tensor, Tensor]:
+    def fold(self, mean: Tensor, variance: Tensor) -> Fold:
+        """Weight and bias that do both at once, given the statistics of what the linear map gives."""
+        return self.normed(mean, variance).fold(self.norm.eps)
+
+    def running_fold(self) -> Fold:
         """`fold` by the running statistics."""
         return self.fold(self.norm.running_mean, self.norm.running_var)
 
-    def fold(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
-        """Weight and bias that do both at once, given the statistics of what the linear map gives."""
-        linear, norm = self.linear, self.norm
-        # Half weights are folded in float32; statistics that come in float64 stay so.
-        if variance.dtype != torch.float64:
-            variance = variance.float()
-        scale = norm.weight * (variance + norm.eps).rsqrt()
-        weight = linear.weight * scale.unsqueeze(1)
-        bias = (linear.bias - mean) * scale + norm.bias
-        return weight.to(linear.weight.dtype), bias.to(linear.bias.dtype)
+
+def running_folds(layers: Iterable[LinearNorm]) -> dict[LinearNorm, Fold]:
+    """`running_fold` of those layers whose running statistics count."""
+    steady = [layer for layer in layers if not uses_batch_statistics(layer.norm)]
+    normed = [layer.normed(layer.norm.running_mean, layer.norm.running_var) for layer in steady]
+    if not normed:
+        return {}
+    return dict(zip(steady, linear_norm_folds(normed, [layer.norm.eps for layer in steady]), strict=True))
+
+
+def split_fold(fold: Fold, x: Tensor, rest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a map of [x ; rest]: weight of x, bias, and what `rest` adds."""
+    weight, bias = fold
+    width = x.shape[-1]
+    return weight[:, :width], bias, linear_act(rest, weight[:, width:])
 
 
 class LocalFeatureAggregation(nn.Module):
@@ -142,13 +164,14 @@ class LocalFeatureAggregation(nn.Module):
                 raise ValueError(
                     f"{name}: got shape {tuple(value.shape)}, expected (B, N, {width}) or (N, {width})"
                 )
-        weights, biases = [], []
-        for layer in self.encode:
-            weight, bias = self._encoding(layer, points, neighbors, weights, biases)
-            weights, biases = [*weights, weight], [*biases, bias]
         slope, expand, shortcut = self.negative_slope, self.expand, self.shortcut
         last = (self.attend[1], expand, shortcut)
-        x = self.reduce.activated(features, slope)
+        folds = running_folds((self.reduce, *self.encode, self.attend[0], *last))
+        weights, biases = [], []
+        for layer in self.encode:
+            fold = folds.get(layer) or self._encoding(layer, points, neighbors, weights, biases)
+            weights, biases = [*weights, fold[0]], [*biases, fold[1]]
+        x = self.reduce.activated(features, slope, folds.get(self.reduce))
         for depth, (score, attend) in enumerate(zip(self.scores, self.attend, strict=True), start=1):
             x = local_attention_pool(
                 points,
@@ -160,16 +183,16 @@ class LocalFeatureAggregation(nn.Module):
                 negative_slope=slope,
             )
             if depth == 1:
-                x = attend.activated(x, slope)
-        if any(uses_batch_statistics(layer.norm) for layer in last):
-            x = self.attend[1].activated(x, slope)
+                x = attend.activated(x, slope, folds.get(attend))
+        if not all(layer in folds for layer in last):
+            x = self.attend[1].activated(x, slope, folds.get(self.attend[1]))
             return F.leaky_relu(expand(x) + shortcut(features), slope, inplace=True)
-        (weight, bias), *sides = (layer.running_fold() for layer in last)
+        (weight, bias), *sides = (folds[layer] for layer in last)
         weights, biases = zip(*sides, strict=True)
         batched = x.dim() == 3
         x, features = (rows if batched else rows.unsqueeze(0) for rows in (x, features))
         result = linear_act_layers(
-            x, [weight, torch.cat(weights, 1)], [bias, sum(biases)], [slope, slope], beside=features
+            x, [weight, torch.cat(weights, 1)], [bias, biases[0] + biases[1]], [slope, slope], beside=features
         )
         return result if batched else result.squeeze(0)
 
@@ -180,10 +203,8 @@ class LocalFeatureAggregation(nn.Module):
         neighbors: Tensor,
         weights: list[Tensor],
         biases: list[Tensor],
-    ) -> tuple[Tensor, Tensor]:
-        """The folded layer that follows `weights` and `biases` in the position network."""
-        if not uses_batch_statistics(layer.norm):
-            return layer.running_fold()
+    ) -> Fold:
+        """The folded layer that follows `weights` and `biases` in the position network, by batch statistics."""
         mean, covariance, count = edge_moments(
             points, neighbors, weights, biases, negative_slope=self.negative_slope
         )

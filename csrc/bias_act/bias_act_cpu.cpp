@@ -36,7 +36,7 @@ Tensor bias_act_cpu(const Tensor& x_in, const std::optional<Tensor>& bias_in, do
   const Tensor x = to_compute(x_in);
   const Rows rows(x);
   std::optional<Tensor> bias;
-  if (bias_in) bias = torch::stable::contiguous(to_type(*bias_in, x.scalar_type()));
+  if (bias_in) bias = as_contiguous(to_type(*bias_in, x.scalar_type()));
   Tensor y = new_result(x, x.sizes());
   dispatch_compute(x.scalar_type(), "bias_act", [&](auto zero) {
     using T = decltype(zero);

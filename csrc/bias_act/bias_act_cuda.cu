@@ -101,7 +101,7 @@ const T* data_or_null(const std::optional<Tensor>& tensor) {
 
 std::optional<Tensor> contiguous(const std::optional<Tensor>& tensor, ScalarType type) {
   if (!tensor) return std::nullopt;
-  return torch::stable::contiguous(to_type(*tensor, type));
+  return as_contiguous(to_type(*tensor, type));
 }
 
 // Calls body with the widest pack, as std::integral_constant, that rows of `inner` elements are made of.
@@ -117,7 +117,7 @@ void dispatch_pack(int64_t inner, std::initializer_list<const void*> pointers, c
 Tensor bias_act_cuda(const Tensor& x_in, const std::optional<Tensor>& bias_in, double slope, double gain,
                      std::optional<double> clamp) {
   const torch::stable::accelerator::DeviceGuard guard(x_in.get_device_index());
-  const Tensor x = torch::stable::contiguous(x_in);
+  const Tensor x = as_contiguous(x_in);
   const std::optional<Tensor> bias = contiguous(bias_in, x.scalar_type());
   Tensor y = torch::stable::new_empty(x, x.sizes());
   if (x.numel() == 0) return y;
@@ -142,7 +142,7 @@ std::tuple<Tensor, Tensor> bias_act_backward_cuda(const Tensor& grad_in,
                                                   const std::optional<Tensor>& bias_in, bool sum_bias,
                                                   double slope, double gain, std::optional<double> clamp) {
   const torch::stable::accelerator::DeviceGuard guard(grad_in.get_device_index());
-  const Tensor grad = torch::stable::contiguous(grad_in);
+  const Tensor grad = as_contiguous(grad_in);
   const std::optional<Tensor> saved = contiguous(saved_in, grad.scalar_type());
   const std::optional<Tensor> bias = contiguous(bias_in, grad.scalar_type());
   const int64_t channels = grad.size(1);

@@ -46,9 +46,14 @@ inline Tensor to_type(const Tensor& tensor, ScalarType type) {
   return tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type);
 }
 
+// torch::stable::contiguous, which looks its operator up by name, only where there is something to do.
+inline Tensor as_contiguous(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
 // Contiguous and in the compute dtype; shares the input's memory where it already is.
 inline Tensor to_compute(const Tensor& tensor) {
-  return torch::stable::contiguous(to_type(tensor, compute_type(tensor.scalar_type())));
+  return as_contiguous(to_type(tensor, compute_type(tensor.scalar_type())));
 }
 
 // Calls body(float{}) or body(double{}) for a compute dtype.

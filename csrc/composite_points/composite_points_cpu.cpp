@@ -41,7 +41,7 @@ void check_indices(const Tensor& indices, int64_t num_points) {
 // indices (B, H, W, K), features (B, N, C), alphas (B, H, W, K) -> image (B, C, H, W), opacity (B, 1, H, W).
 std::tuple<Tensor, Tensor> composite_points_cpu(const Tensor& indices_in, const Tensor& features_in,
                                                 const Tensor& alphas_in) {
-  const Tensor indices = torch::stable::contiguous(indices_in);
+  const Tensor indices = as_contiguous(indices_in);
   const Tensor features = to_compute(features_in), alphas = to_compute(alphas_in);
   const int64_t batch = indices.size(0), height = indices.size(1), width = indices.size(2);
   const int64_t k = indices.size(3), num_points = features.size(1), channels = features.size(2);
@@ -72,7 +72,7 @@ std::tuple<Tensor, Tensor> composite_points_cpu(const Tensor& indices_in, const 
 Tensor composite_points_backward_alphas_cpu(const Tensor& grad_image_in, const Tensor& grad_opacity_in,
                                             const Tensor& indices_in, const Tensor& features_in,
                                             const Tensor& alphas_in) {
-  const Tensor indices = torch::stable::contiguous(indices_in);
+  const Tensor indices = as_contiguous(indices_in);
   const Tensor features = to_compute(features_in), alphas = to_compute(alphas_in);
   const Tensor grad_image = to_compute(grad_image_in), grad_opacity = to_compute(grad_opacity_in);
   const int64_t batch = indices.size(0), pixels = indices.size(1) * indices.size(2), k = indices.size(3);
@@ -102,7 +102,7 @@ Tensor composite_points_backward_alphas_cpu(const Tensor& grad_image_in, const T
 // Each point sums over the slots that hold it in their order, whatever the threads.
 Tensor composite_points_backward_features_cpu(const Tensor& grad_image_in, const Tensor& indices_in,
                                               const Tensor& alphas_in, int64_t num_points) {
-  const Tensor indices = torch::stable::contiguous(indices_in);
+  const Tensor indices = as_contiguous(indices_in);
   const Tensor grad_image = to_compute(grad_image_in), alphas = to_compute(alphas_in);
   const int64_t batch = indices.size(0), pixels = indices.size(1) * indices.size(2), k = indices.size(3);
   const int64_t channels = grad_image.size(1);

@@ -297,9 +297,9 @@ T* mutable_data_of(const Tensor& tensor) {
 std::tuple<Tensor, Tensor> composite_points_cuda(const Tensor& indices_in, const Tensor& features_in,
                                                  const Tensor& alphas_in) {
   const torch::stable::accelerator::DeviceGuard guard(features_in.get_device_index());
-  const Tensor indices = torch::stable::contiguous(indices_in);
-  const Tensor features = torch::stable::contiguous(features_in);
-  const Tensor alphas = torch::stable::contiguous(alphas_in);
+  const Tensor indices = as_contiguous(indices_in);
+  const Tensor features = as_contiguous(features_in);
+  const Tensor alphas = as_contiguous(alphas_in);
   const int64_t batch = indices.size(0), height = indices.size(1), width = indices.size(2);
   Tensor image = torch::stable::new_empty(features, {batch, features.size(2), height, width});
   Tensor opacity = torch::stable::new_empty(features, {batch, 1, height, width});
@@ -321,11 +321,11 @@ Tensor composite_points_backward_alphas_cuda(const Tensor& grad_image_in, const 
                                              const Tensor& indices_in, const Tensor& features_in,
                                              const Tensor& alphas_in) {
   const torch::stable::accelerator::DeviceGuard guard(features_in.get_device_index());
-  const Tensor indices = torch::stable::contiguous(indices_in);
-  const Tensor features = torch::stable::contiguous(features_in);
-  const Tensor alphas = torch::stable::contiguous(alphas_in);
-  const Tensor grad_image = torch::stable::contiguous(grad_image_in);
-  const Tensor grad_opacity = torch::stable::contiguous(grad_opacity_in);
+  const Tensor indices = as_contiguous(indices_in);
+  const Tensor features = as_contiguous(features_in);
+  const Tensor alphas = as_contiguous(alphas_in);
+  const Tensor grad_image = as_contiguous(grad_image_in);
+  const Tensor grad_opacity = as_contiguous(grad_opacity_in);
   const ScalarType type = features.scalar_type();
   Tensor grad_alphas = torch::stable::new_empty(alphas, alphas.sizes());
   Tensor products = grad_alphas;
@@ -349,9 +349,9 @@ Tensor composite_points_backward_alphas_cuda(const Tensor& grad_image_in, const 
 Tensor composite_points_backward_features_cuda(const Tensor& grad_image_in, const Tensor& indices_in,
                                                const Tensor& alphas_in, int64_t num_points) {
   const torch::stable::accelerator::DeviceGuard guard(grad_image_in.get_device_index());
-  const Tensor indices = torch::stable::contiguous(indices_in);
-  const Tensor alphas = torch::stable::contiguous(alphas_in);
-  const Tensor grad_image = torch::stable::contiguous(grad_image_in);
+  const Tensor indices = as_contiguous(indices_in);
+  const Tensor alphas = as_contiguous(alphas_in);
+  const Tensor grad_image = as_contiguous(grad_image_in);
   const int64_t batch = indices.size(0), pixels = indices.size(1) * indices.size(2), k = indices.size(3);
   const int64_t channels = grad_image.size(1);
   const ScalarType compute = compute_type(grad_image.scalar_type());

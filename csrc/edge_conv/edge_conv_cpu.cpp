@@ -39,7 +39,7 @@ std::tuple<Tensor, Tensor> edge_conv_cpu(const Tensor& x_in, const Tensor& neigh
                                          const std::optional<Tensor>& scale,
                                          const std::optional<Tensor>& shift, double negative_slope,
                                          bool keep_slots) {
-  const Tensor x = to_compute(x_in), neighbors = torch::stable::contiguous(neighbors_in);
+  const Tensor x = to_compute(x_in), neighbors = as_contiguous(neighbors_in);
   const int64_t batch = x.size(0), num_points = x.size(1), k = neighbors.size(2);
   const int64_t channels = weight.size(0), stride = pad_columns(channels);
   Tensor output = new_result(x, {batch, num_points, channels});
@@ -78,8 +78,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> edge_conv_backward_cpu(
     const Tensor& neighbors_in, const Tensor& weight, const std::optional<Tensor>& bias,
     const std::optional<Tensor>& scale, double negative_slope) {
   const Tensor grad = to_compute(grad_in), output = to_compute(output_in), x = to_compute(x_in);
-  const Tensor neighbors = torch::stable::contiguous(neighbors_in),
-               slots = torch::stable::contiguous(slots_in);
+  const Tensor neighbors = as_contiguous(neighbors_in),
+               slots = as_contiguous(slots_in);
   const int64_t batch = x.size(0), num_points = x.size(1), channels = weight.size(0);
   Tensor grad_x = torch::stable::new_empty(x, {batch, num_points, x.size(2)});
   std::vector<Tensor> grads;

@@ -131,7 +131,7 @@ std::tuple<Tensor, Tensor> edge_conv_cuda(const Tensor& x_in, const Tensor& neig
                                           const std::optional<Tensor>& shift, double negative_slope,
                                           bool keep_slots) {
   const torch::stable::accelerator::DeviceGuard guard(x_in.get_device_index());
-  const Tensor x = torch::stable::contiguous(x_in), neighbors = torch::stable::contiguous(neighbors_in);
+  const Tensor x = as_contiguous(x_in), neighbors = as_contiguous(neighbors_in);
   const EdgeSizes sizes(x, neighbors, weight);
   const EdgeFold fold(weight, bias, scale, shift);
   const NeighborList list = point_neighbors("edge_conv", neighbors, sizes);
@@ -171,9 +171,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> edge_conv_backward_cuda(
     const Tensor& neighbors_in, const Tensor& weight, const std::optional<Tensor>& bias,
     const std::optional<Tensor>& scale, double negative_slope) {
   const torch::stable::accelerator::DeviceGuard guard(x_in.get_device_index());
-  const Tensor grad = torch::stable::contiguous(grad_in), output = torch::stable::contiguous(output_in);
-  const Tensor x = torch::stable::contiguous(x_in), neighbors = torch::stable::contiguous(neighbors_in);
-  const Tensor slots = torch::stable::contiguous(slots_in);
+  const Tensor grad = as_contiguous(grad_in), output = as_contiguous(output_in);
+  const Tensor x = as_contiguous(x_in), neighbors = as_contiguous(neighbors_in);
+  const Tensor slots = as_contiguous(slots_in);
   const EdgeSizes sizes(x, neighbors, weight);
   const EdgeFold fold(weight, bias, scale, std::nullopt);
   const NeighborList list = point_neighbors("edge_conv_backward", neighbors, sizes);

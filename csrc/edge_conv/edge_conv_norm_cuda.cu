@@ -315,7 +315,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> edge_conv_norm_cuda(
     const Tensor& x_in, const Tensor& neighbors_in, const Tensor& weight_in, const Tensor& gamma_in,
     const Tensor& beta_in, double eps, double negative_slope, bool keep_slots) {
   const torch::stable::accelerator::DeviceGuard guard(x_in.get_device_index());
-  const Tensor x = torch::stable::contiguous(x_in), neighbors = torch::stable::contiguous(neighbors_in);
+  const Tensor x = as_contiguous(x_in), neighbors = as_contiguous(neighbors_in);
   const Tensor weight = to_compute(weight_in), gamma = to_compute(gamma_in), beta = to_compute(beta_in);
   const EdgeSizes sizes(x, neighbors, weight);
   const NeighborList list = point_neighbors("edge_conv_norm", neighbors, sizes);
@@ -367,12 +367,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> edge_conv_norm_backward_cuda(
     const Tensor& neighbors_in, const Tensor& weight_in, const Tensor& gamma_in, const Tensor& count,
     const Tensor& variance_in, const Tensor& center_in, double eps, double negative_slope) {
   const torch::stable::accelerator::DeviceGuard guard(x_in.get_device_index());
-  const Tensor grad = torch::stable::contiguous(grad_in), output = torch::stable::contiguous(output_in);
-  const Tensor x = torch::stable::contiguous(x_in), neighbors = torch::stable::contiguous(neighbors_in);
-  const Tensor slots = torch::stable::contiguous(slots_in);
+  const Tensor grad = as_contiguous(grad_in), output = as_contiguous(output_in);
+  const Tensor x = as_contiguous(x_in), neighbors = as_contiguous(neighbors_in);
+  const Tensor slots = as_contiguous(slots_in);
   const Tensor weight = to_compute(weight_in), gamma = to_compute(gamma_in);
-  const Tensor variance = torch::stable::contiguous(variance_in);
-  const Tensor center = torch::stable::contiguous(center_in);
+  const Tensor variance = as_contiguous(variance_in);
+  const Tensor center = as_contiguous(center_in);
   const EdgeSizes sizes(x, neighbors, weight);
   const NeighborList list = point_neighbors("edge_conv_norm_backward", neighbors, sizes);
   const ScalarType type = compute_type(x.scalar_type());

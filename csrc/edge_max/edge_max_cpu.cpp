@@ -14,7 +14,7 @@ Tensor max_over(const char* op, const Tensor& features_in, const Tensor& neighbo
   const int64_t batch = features.size(0), num_points = features.size(1), channels = features.size(2);
   const int64_t lists = neighbors.size(1), k = neighbors.size(2);
   std::optional<Tensor> chosen;
-  if (rows_in) chosen = torch::stable::contiguous(*rows_in);
+  if (rows_in) chosen = as_contiguous(*rows_in);
   const int64_t rows = chosen ? chosen->size(0) : lists;
   const int64_t* choice = chosen ? const_data<int64_t>(*chosen) : nullptr;
   const int64_t outside = choice ? first_outside(choice, rows, lists) : -1;
@@ -53,14 +53,14 @@ Tensor max_over(const char* op, const Tensor& features_in, const Tensor& neighbo
 }
 
 std::tuple<Tensor, Tensor> edge_max_cpu(const Tensor& features, const Tensor& neighbors_in) {
-  const Tensor neighbors = torch::stable::contiguous(neighbors_in);
+  const Tensor neighbors = as_contiguous(neighbors_in);
   const Tensor argmax = new_result(neighbors, {neighbors.size(0), neighbors.size(1), features.size(2)});
   return {max_over("edge_max", features, neighbors, std::nullopt, &argmax), argmax};
 }
 
 Tensor edge_max_values_cpu(const Tensor& features, const Tensor& neighbors,
                            const std::optional<Tensor>& rows) {
-  return max_over("edge_max_values", features, torch::stable::contiguous(neighbors), rows, nullptr);
+  return max_over("edge_max_values", features, as_contiguous(neighbors), rows, nullptr);
 }
 
 // Each task owns a range of channels of one cloud, so every sum is in row order whatever the threads; the
@@ -68,7 +68,7 @@ Tensor edge_max_values_cpu(const Tensor& features, const Tensor& neighbors,
 Tensor edge_max_backward_cpu(const Tensor& grad_in, const Tensor& argmax_in, const Tensor& /* neighbors */,
                              int64_t num_points) {
   const Tensor grad = to_compute(grad_in);
-  const Tensor argmax = torch::stable::contiguous(argmax_in);
+  const Tensor argmax = as_contiguous(argmax_in);
   const int64_t batch = grad.size(0), rows = grad.size(1), channels = grad.size(2);
   Tensor grad_features = torch::stable::new_zeros(grad, {batch, num_points, channels});
   constexpr int64_t kChannelsPerTask = 16;

@@ -122,8 +122,8 @@ void dispatch_pack(int64_t channels, bool aligned, const Body& body) {
 // features (B, N, C), neighbors (B, M, K) int64 -> values (B, M, C), argmax (B, M, C).
 std::tuple<Tensor, Tensor> edge_max_cuda(const Tensor& features_in, const Tensor& neighbors_in) {
   const torch::stable::accelerator::DeviceGuard guard(features_in.get_device_index());
-  const Tensor features = torch::stable::contiguous(features_in);
-  const Tensor neighbors = torch::stable::contiguous(neighbors_in);
+  const Tensor features = as_contiguous(features_in);
+  const Tensor neighbors = as_contiguous(neighbors_in);
   const int64_t batch = features.size(0), num_points = features.size(1), channels = features.size(2);
   const int64_t rows = neighbors.size(1), k = neighbors.size(2);
   Tensor values = torch::stable::new_empty(features, {batch, rows, channels});
@@ -149,9 +149,9 @@ std::tuple<Tensor, Tensor> edge_max_cuda(const Tensor& features_in, const Tensor
 Tensor edge_max_backward_cuda(const Tensor& grad_in, const Tensor& argmax_in, const Tensor& neighbors_in,
                               int64_t num_points) {
   const torch::stable::accelerator::DeviceGuard guard(grad_in.get_device_index());
-  const Tensor grad = torch::stable::contiguous(grad_in);
-  const Tensor argmax = torch::stable::contiguous(argmax_in);
-  const Tensor neighbors = torch::stable::contiguous(neighbors_in);
+  const Tensor grad = as_contiguous(grad_in);
+  const Tensor argmax = as_contiguous(argmax_in);
+  const Tensor neighbors = as_contiguous(neighbors_in);
   const int64_t batch = grad.size(0), channels = grad.size(2);
   Tensor grad_features = torch::stable::new_empty(grad, {batch, num_points, channels});
   if (grad_features.numel() == 0) return grad_features;

@@ -16,7 +16,7 @@ constexpr int64_t kRoundTiles = 64, kParts = 16;
 
 template <typename T>
 std::vector<T> padded_rows(const Tensor& tensor_in, int64_t stride) {
-  const Tensor tensor = torch::stable::contiguous(tensor_in);
+  const Tensor tensor = as_contiguous(tensor_in);
   const int64_t columns = tensor.size(tensor.dim() - 1), rows = columns ? tensor.numel() / columns : 0;
   std::vector<T> result(std::max<int64_t>(rows, 1) * stride, 0);
   for (int64_t row = 0; row < rows; ++row) {

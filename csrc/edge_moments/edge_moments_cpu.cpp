@@ -16,7 +16,7 @@ std::tuple<Tensor, Tensor, Tensor> edge_moments_cpu(const Tensor& points_in, con
                                                     std::vector<Tensor> weight, std::vector<Tensor> bias,
                                                     double negative_slope) {
   const Tensor points = flat_points(points_in);
-  const Tensor neighbors = torch::stable::contiguous(neighbors_in);
+  const Tensor neighbors = as_contiguous(neighbors_in);
   const int64_t rows = points.size(0), cloud = neighbors.size(1), k = neighbors.size(2);
   const Tensor like = to_type(torch::stable::new_empty(points, {0}), ScalarType::Double);
   std::optional<Tensor> mean, covariance;
@@ -64,9 +64,9 @@ std::tuple<Tensor, std::vector<Tensor>> edge_moments_backward_cpu(
     const Tensor& neighbors_in, std::vector<Tensor> weight, std::vector<Tensor> bias, const Tensor& mean_in,
     const Tensor& count_in, double negative_slope, bool points_gradient) {
   const Tensor points = flat_points(points_in);
-  const Tensor neighbors = torch::stable::contiguous(neighbors_in);
-  const Tensor grad_mean = torch::stable::contiguous(grad_mean_in);
-  const Tensor grad_covariance = torch::stable::contiguous(grad_covariance_in);
+  const Tensor neighbors = as_contiguous(neighbors_in);
+  const Tensor grad_mean = as_contiguous(grad_mean_in);
+  const Tensor grad_covariance = as_contiguous(grad_covariance_in);
   const int64_t batch = neighbors.size(0), cloud = neighbors.size(1), dims = points.size(1);
   const int64_t channels = mean_in.size(0);
   const double count = std::max(const_data<double>(count_in)[0], 1.);

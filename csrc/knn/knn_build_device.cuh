@@ -252,7 +252,7 @@ DeviceIndex build_index(const Tensor& points, const std::optional<Tensor>& lengt
       tree ? empty({batch, 2 * leaves}, ScalarType::Int) : torch::stable::new_zeros(points, {batch, dims})};
   if (tree) torch::stable::fill_(index.extra, -1.);
   std::optional<Tensor> lengths;
-  if (lengths_in) lengths = torch::stable::contiguous(*lengths_in);
+  if (lengths_in) lengths = as_contiguous(*lengths_in);
   const Tensor extent = empty({batch, 2, tree ? dims : 0}, ScalarType::Long);
   Tensor keys = empty({batch, rows}, ScalarType::Long);
   const A* data = const_data<A>(points);

@@ -108,7 +108,7 @@ std::tuple<Tensor, Tensor> knn_backward_cpu(const Tensor& grad_in, const Tensor&
                                             bool need_points, bool need_queries) {
   const Tensor grad = to_compute(grad_in), points = to_compute(points_in);
   const Tensor queries = queries_in ? to_compute(*queries_in) : points;
-  const Tensor indices = torch::stable::contiguous(indices_in);
+  const Tensor indices = as_contiguous(indices_in);
   const int64_t batch = points.size(0), num_points = points.size(1), dims = points.size(2);
   const int64_t rows = indices.size(1), k = indices.size(2);
   const int64_t* neighbors = const_data<int64_t>(indices);

@@ -93,7 +93,7 @@ std::tuple<Tensor, Tensor> search(const DeviceIndex& index, const Tensor& points
   if (k < 0) throw std::invalid_argument("knn: k: got " + std::to_string(k) + ", expected k >= 0");
   const Tensor queries = queries_in ? to_compute(*queries_in) : points;
   std::optional<Tensor> query_lengths;
-  if (query_lengths_in) query_lengths = torch::stable::contiguous(*query_lengths_in);
+  if (query_lengths_in) query_lengths = as_contiguous(*query_lengths_in);
   const int64_t batch = points.size(0), num_queries = queries.size(1);
   Tensor distances = torch::stable::new_empty(points, {batch, num_queries, k});
   Tensor indices = torch::stable::new_empty(points, {batch, num_queries, k}, ScalarType::Long);
@@ -251,7 +251,7 @@ std::tuple<Tensor, Tensor> knn_backward_cuda(const Tensor& grad_in, const Tensor
   const torch::stable::accelerator::DeviceGuard guard(points_in.get_device_index());
   const Tensor grad = to_compute(grad_in), points = to_compute(points_in);
   const Tensor queries = queries_in ? to_compute(*queries_in) : points;
-  const Tensor indices = torch::stable::contiguous(indices_in);
+  const Tensor indices = as_contiguous(indices_in);
   const int64_t batch = points.size(0), num_points = points.size(1), dims = points.size(2);
   const int64_t rows = indices.size(1), k = indices.size(2);
   const auto empty = [&](bool needed, int64_t count) {

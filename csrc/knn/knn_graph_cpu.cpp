@@ -10,7 +10,7 @@ Clouds segments(const Tensor& x, const std::optional<Tensor>& batch_in, std::opt
   const int64_t rows = x.size(0);
   Clouds clouds;
   if (batch_in) {
-    const Tensor contiguous = torch::stable::contiguous(*batch_in);
+    const Tensor contiguous = as_contiguous(*batch_in);
     const int64_t* batch = const_data<int64_t>(contiguous);
     const int64_t limit = batch_size.value_or(std::numeric_limits<int64_t>::max());
     for (int64_t row = 0; row < rows; ++row) {

@@ -221,7 +221,7 @@ Clouds padded_clouds(const Tensor& points, const std::optional<Tensor>& lengths,
   Clouds clouds;
   clouds.length.assign(batch, rows);
   if (lengths) {
-    const Tensor contiguous = torch::stable::contiguous(*lengths);
+    const Tensor contiguous = as_contiguous(*lengths);
     const int64_t* values = const_data<int64_t>(contiguous);
     for (int64_t b = 0; b < batch; ++b) {
       if (values[b] < 0 || values[b] > rows) {

@@ -61,8 +61,8 @@ Tensor through_layers(const char* op, const Tensor& x_in, const std::optional<Te
   std::optional<Tensor> beside, rest, places, targets;
   if (beside_in) beside = to_compute(*beside_in);
   if (rest_in) rest = to_compute(*rest_in);
-  if (places_in) places = torch::stable::contiguous(*places_in);
-  if (targets_in) targets = torch::stable::contiguous(*targets_in);
+  if (places_in) places = as_contiguous(*places_in);
+  if (targets_in) targets = as_contiguous(*targets_in);
   const int64_t batch = x.size(0), rows = x.size(1), own = x.size(2);
   const int64_t count = static_cast<int64_t>(weights.size()), columns = weights.back().size(0);
   const int64_t rest_rows = rest ? rest->size(1) : 0, other = beside ? beside->size(2) : 0;

@@ -35,7 +35,7 @@ struct Pool {
         hidden(channels_padded + position_padded),
         points(flat(to_compute(points_in))),
         features(layout.pad_parts(flat(to_compute(features_in)), {channels})),
-        neighbors(torch::stable::contiguous(neighbors_in)),
+        neighbors(as_contiguous(neighbors_in)),
         score_weight(to_compute(score_weight_in)),
         scores(const_data<T>(score_weight)),
         position(layout, points, weights, biases, slope) {

@@ -39,18 +39,18 @@ Tensor scale_images(const Tensor& images, const Tensor& others, const std::optio
 std::tuple<Tensor, Tensor> modulated_conv2d_scale_cpu(const Tensor& images, const Tensor& others,
                                                       const Tensor& factors) {
   Tensor scaled = new_result(images, images.sizes());
-  const Tensor sums = scale_images(torch::stable::contiguous(images), torch::stable::contiguous(others),
-                                   torch::stable::contiguous(factors), scaled);
+  const Tensor sums = scale_images(as_contiguous(images), as_contiguous(others),
+                                   as_contiguous(factors), scaled);
   return {scaled, sums};
 }
 
 // The same into `images`, which are contiguous.
 Tensor modulated_conv2d_styles_backward_cpu(Tensor images, const Tensor& others, const Tensor& factors) {
-  return scale_images(images, torch::stable::contiguous(others), torch::stable::contiguous(factors), images);
+  return scale_images(images, as_contiguous(others), as_contiguous(factors), images);
 }
 
 Tensor modulated_conv2d_sums_backward_cpu(const Tensor& images, const Tensor& others) {
-  return scale_images(torch::stable::contiguous(images), torch::stable::contiguous(others), std::nullopt,
+  return scale_images(as_contiguous(images), as_contiguous(others), std::nullopt,
                       std::nullopt);
 }
 
@@ -60,10 +60,10 @@ std::tuple<Tensor, Tensor, Tensor> modulated_conv2d_scale_backward_cpu(const Ten
                                                                        const Tensor& factors_in,
                                                                        const Tensor& grad_scaled_in,
                                                                        const Tensor& grad_sums_in) {
-  const Tensor images = torch::stable::contiguous(images_in), others = torch::stable::contiguous(others_in);
-  const Tensor factors = torch::stable::contiguous(factors_in);
-  const Tensor grad_scaled = torch::stable::contiguous(grad_scaled_in);
-  const Tensor grad_sums = torch::stable::contiguous(grad_sums_in);
+  const Tensor images = as_contiguous(images_in), others = as_contiguous(others_in);
+  const Tensor factors = as_contiguous(factors_in);
+  const Tensor grad_scaled = as_contiguous(grad_scaled_in);
+  const Tensor grad_sums = as_contiguous(grad_sums_in);
   Tensor grad_images = new_result(images, images.sizes());
   Tensor grad_others = new_result(images, images.sizes());
   Tensor grad_factors = torch::stable::new_empty(factors, factors.sizes());

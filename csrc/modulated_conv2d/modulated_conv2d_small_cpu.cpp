@@ -44,7 +44,7 @@ Tensor modulated_conv2d_small_cpu(const Tensor& x, const Tensor& weight, const s
 
 // weight (O, I, k, k) -> (O, I), the sum of the squares of each filter.
 Tensor modulated_conv2d_energy_cpu(const Tensor& weight_in) {
-  const Tensor weight = torch::stable::contiguous(weight_in);
+  const Tensor weight = as_contiguous(weight_in);
   Tensor energy = torch::stable::new_empty(weight, {weight.size(0), weight.size(1)});
   const int64_t size = weight.size(2) * weight.size(3);
   dispatch_compute(weight.scalar_type(), "modulated_conv2d_energy", [&](auto zero) {

@@ -5,8 +5,8 @@ namespace {
 
 // neighbors (M, K) int64, places (N,) int64 -> (M,): the place of the first neighbour that has one, or -1.
 Tensor nearest_sampled_cpu(const Tensor& neighbors_in, const Tensor& places_in) {
-  const Tensor neighbors = torch::stable::contiguous(neighbors_in);
-  const Tensor places = torch::stable::contiguous(places_in);
+  const Tensor neighbors = as_contiguous(neighbors_in);
+  const Tensor places = as_contiguous(places_in);
   const int64_t rows = neighbors.size(0), k = neighbors.size(1), count = places.size(0);
   Tensor nearest = torch::stable::new_empty(neighbors, {rows});
   const int64_t *edges = const_data<int64_t>(neighbors), *place = const_data<int64_t>(places);

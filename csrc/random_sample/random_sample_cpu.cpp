@@ -45,7 +45,7 @@ Tensor random_sample_cpu(const Tensor& key_in, int64_t num_points, int64_t num_s
   const uint64_t key = static_cast<uint64_t>(const_data<int64_t>(key_in)[0]);
   std::vector<int64_t> lengths(batch, num_points);
   if (lengths_in) {
-    const Tensor values = torch::stable::contiguous(*lengths_in);
+    const Tensor values = as_contiguous(*lengths_in);
     std::copy_n(const_data<int64_t>(values), batch, lengths.begin());
   }
   for (int64_t b = 0; b < batch; ++b) {

@@ -125,7 +125,7 @@ Tensor random_sample_cuda(const Tensor& key, int64_t num_points, int64_t num_sam
   const torch::stable::accelerator::DeviceGuard guard(key.get_device_index());
   Tensor indices = torch::stable::new_empty(key, {batch, num_samples});
   std::optional<Tensor> lengths;
-  if (lengths_in) lengths = torch::stable::contiguous(*lengths_in);
+  if (lengths_in) lengths = as_contiguous(*lengths_in);
   const int64_t warps = divide_up(divide_up(num_samples, kPerThread), kWarpSize);
   const int64_t threads = std::clamp<int64_t>(warps * kWarpSize, kWarpSize, kThreadsMax);
   const int64_t chunks = divide_up(num_samples, threads * kPerThread);

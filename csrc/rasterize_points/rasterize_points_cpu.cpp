@@ -247,11 +247,11 @@ std::tuple<Tensor, Tensor, Tensor> rasterize_points_cpu(const Tensor& points_in,
                                                         int64_t points_per_pixel,
                                                         const std::optional<Tensor>& lengths_in) {
   const Tensor points = to_compute(points_in);
-  const Tensor radius = torch::stable::contiguous(to_type(radius_in, points.scalar_type()));
+  const Tensor radius = as_contiguous(to_type(radius_in, points.scalar_type()));
   const int64_t batch = points.size(0), num_points = points.size(1);
   std::optional<Tensor> lengths;
   if (lengths_in.has_value()) {
-    lengths = torch::stable::contiguous(*lengths_in);
+    lengths = as_contiguous(*lengths_in);
     check_lengths(*lengths, num_points);
   }
   const std::vector<int64_t> shape{batch, height, width, points_per_pixel};
@@ -287,7 +287,7 @@ std::tuple<Tensor, Tensor, Tensor> rasterize_points_cpu(const Tensor& points_in,
 Tensor rasterize_points_backward_cpu(const Tensor& grad_depths_in, const Tensor& grad_distances_in,
                                      const Tensor& indices_in, const Tensor& points_in) {
   const Tensor points = to_compute(points_in);
-  const Tensor indices = torch::stable::contiguous(indices_in);
+  const Tensor indices = as_contiguous(indices_in);
   const Tensor grad_depths = to_compute(grad_depths_in), grad_distances = to_compute(grad_distances_in);
   const int64_t batch = points.size(0), num_points = points.size(1);
   const int64_t height = indices.size(1), width = indices.size(2), k = indices.size(3);

@@ -284,10 +284,10 @@ std::tuple<Tensor, Tensor, Tensor> rasterize_points_cuda(const Tensor& points_in
                                                          const std::optional<Tensor>& lengths_in) {
   const torch::stable::accelerator::DeviceGuard guard(points_in.get_device_index());
   const Tensor points = to_compute(points_in);
-  const Tensor radius = torch::stable::contiguous(to_type(radius_in, points.scalar_type()));
+  const Tensor radius = as_contiguous(to_type(radius_in, points.scalar_type()));
   const int64_t batch = points.size(0), num_points = points.size(1);
   std::optional<Tensor> lengths;
-  if (lengths_in) lengths = torch::stable::contiguous(*lengths_in);
+  if (lengths_in) lengths = as_contiguous(*lengths_in);
   const std::vector<int64_t> shape{batch, height, width, points_per_pixel};
   Tensor indices = torch::stable::new_empty(points, shape, ScalarType::Long);
   Tensor depths = torch::stable::new_empty(points_in, shape);
@@ -318,10 +318,10 @@ std::tuple<Tensor, Tensor, Tensor> rasterize_points_cuda(const Tensor& points_in
 Tensor rasterize_points_backward_cuda(const Tensor& grad_depths_in, const Tensor& grad_distances_in,
                                       const Tensor& indices_in, const Tensor& points_in) {
   const torch::stable::accelerator::DeviceGuard guard(points_in.get_device_index());
-  const Tensor points = torch::stable::contiguous(points_in);
-  const Tensor indices = torch::stable::contiguous(indices_in);
-  const Tensor grad_depths = torch::stable::contiguous(grad_depths_in);
-  const Tensor grad_distances = torch::stable::contiguous(grad_distances_in);
+  const Tensor points = as_contiguous(points_in);
+  const Tensor indices = as_contiguous(indices_in);
+  const Tensor grad_depths = as_contiguous(grad_depths_in);
+  const Tensor grad_distances = as_contiguous(grad_distances_in);
   const int64_t num_points = points.size(1), count = points.size(0) * num_points;
   const cudaStream_t stream = current_stream(points);
   const ReverseAdjacency slots_of = reverse_adjacency("rasterize_points_backward", indices, num_points);

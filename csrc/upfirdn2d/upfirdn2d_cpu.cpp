@@ -135,7 +135,7 @@ class PlaneFilter {
 Tensor upfirdn2d_cpu(const Tensor& x_in, const Tensor& f_in, int64_t up, int64_t down, int64_t x0, int64_t x1,
                      int64_t y0, int64_t y1, bool flip, double gain) {
   const Tensor x = to_compute(x_in);
-  const Tensor f = torch::stable::contiguous(to_type(f_in, x.scalar_type()));
+  const Tensor f = as_contiguous(to_type(f_in, x.scalar_type()));
   const bool separable = f.dim() == 1;
   const int64_t taps_down = f.size(0), taps_across = f.size(separable ? 0 : 1);
   const int64_t planes = x.size(0) * x.size(1), height = x.size(2), width = x.size(3);

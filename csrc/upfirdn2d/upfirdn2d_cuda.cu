@@ -196,7 +196,7 @@ std::optional<std::pair<Tile, size_t>> plan_tile(int64_t planes, const Axis& ver
 Tensor upfirdn2d_cuda(const Tensor& x_in, const Tensor& f_in, int64_t up, int64_t down, int64_t x0,
                       int64_t x1, int64_t y0, int64_t y1, bool flip, double gain) {
   const torch::stable::accelerator::DeviceGuard guard(x_in.get_device_index());
-  const Tensor x = torch::stable::contiguous(x_in);
+  const Tensor x = as_contiguous(x_in);
   const Tensor f = to_compute(to_type(f_in, compute_type(x.scalar_type())));
   const bool separable = f.dim() == 1;
   const int64_t taps_down = f.size(0), taps_across = f.size(separable ? 0 : 1);
