@@ -38,17 +38,20 @@ struct TileLayout {
     // Blocks of rows stay in the first-level cache however `value` reads.
     constexpr int64_t kBlock = 16;
     Buffer<T> packed = buffer<T>(depth * columns);
-    T* panel = packed.get();
-    for (int64_t first = 0; first < columns; first += 2 * lanes()) {
-      const int64_t width = std::min(2 * lanes(), columns - first);
-      for (int64_t begin = 0; begin < depth; begin += kBlock) {
-        const int64_t end = std::min(begin + kBlock, depth);
-        for (int64_t c = 0; c < width; ++c) {
-          for (int64_t d = begin; d < end; ++d) panel[d * width + c] = value(d, first + c);
+    T* target = packed.get();
+    const int64_t wide = 2 * lanes(), panels = (columns + wide - 1) / wide;
+    torch::stable::parallel_for(0, panels, 1 + (1 << 14) / (depth * wide + 1), [&](int64_t from, int64_t to) {
+      for (int64_t first = from * wide; first < std::min(to * wide, columns); first += wide) {
+        const int64_t width = std::min(wide, columns - first);
+        T* panel = target + depth * first;
+        for (int64_t begin = 0; begin < depth; begin += kBlock) {
+          const int64_t end = std::min(begin + kBlock, depth);
+          for (int64_t c = 0; c < width; ++c) {
+            for (int64_t d = begin; d < end; ++d) panel[d * width + c] = value(d, first + c);
+          }
         }
       }
-      panel += depth * width;
-    }
+    });
     return packed;
   }
 

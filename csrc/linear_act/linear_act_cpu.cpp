@@ -11,7 +11,9 @@ bool is_permutation(const int64_t* numbers, int64_t count) {
   if (first_outside(numbers, count, count) >= 0) return false;
   std::vector<uint8_t> is_there(count, 0);
   for (int64_t i = 0; i < count; ++i) is_there[numbers[i]] = 1;
-  return std::find(is_there.begin(), is_there.end(), 0) == is_there.end();
+  uint8_t all = 1;
+  for (const uint8_t there : is_there) all &= there;
+  return all;
 }
 
 // Rows that go through all layers together, so that what is between them stays in cache.

@@ -14,7 +14,7 @@ namespace avatar {
 // Whether most points are about as near to the next one as to their neighbours, or near nothing.
 template <typename T>
 bool follows_neighbors(const PoolArgs<T>& args, int64_t rows) {
-  constexpr int64_t kSamples = 256;
+  constexpr int64_t kSamples = 64;
   const int64_t stride = args.position.point_stride, step = std::max<int64_t>(1, rows / kSamples);
   int64_t near = 0, count = 0;
   for (int64_t row = 0; row + 1 < rows; row += step) {
