@@ -177,7 +177,7 @@ def linear_norm_folds(layers: Sequence[NormedLayer], eps: Sequence[float]) -> li
     wanted = torch.is_grad_enabled() and any(part.requires_grad for part in parts)
     # The op computes in one dtype.
     wide = any((part.dtype == torch.float64) != (parts[0].dtype == torch.float64) for part in parts)
-    if wanted or wide:
+    if wanted or wide or not parts:
         return [layer.fold(each) for layer, each in zip(layers, eps, strict=True)]
     folded = torch.ops.avatar_ops.linear_norm_fold(parts, list(eps))
     return list(zip(folded[::2], folded[1::2], strict=True))

@@ -14,7 +14,6 @@ from ..linear_act import NormedLayer, linear_act, linear_act_layers, linear_norm
 from ..local_attention_pool import local_attention_pool
 from .batch_norm import track, uses_batch_statistics
 
-
 Fold = tuple[Tensor, Tensor]
 
 
@@ -75,8 +74,6 @@ def running_folds(layers: Iterable[LinearNorm]) -> dict[LinearNorm, Fold]:
     """`running_fold` of those layers whose running statistics count."""
     steady = [layer for layer in layers if not uses_batch_statistics(layer.norm)]
     normed = [layer.normed(layer.norm.running_mean, layer.norm.running_var) for layer in steady]
-    if not normed:
-        return {}
     return dict(zip(steady, linear_norm_folds(normed, [layer.norm.eps for layer in steady]), strict=True))
 
 

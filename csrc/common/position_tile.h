@@ -249,7 +249,8 @@ inline auto neighbors_ahead(const int64_t* neighbors, int64_t k, int64_t cloud, 
   const auto row = [=](int64_t row) {
     const int64_t base = row / cloud * cloud;
     for (int64_t edge = row * k; edge < (row + 1) * k; ++edge) {
-      if (static_cast<uint64_t>(neighbors[edge]) < static_cast<uint64_t>(cloud)) point(base + neighbors[edge]);
+      if (static_cast<uint64_t>(neighbors[edge]) < static_cast<uint64_t>(cloud))
+        point(base + neighbors[edge]);
     }
   };
   return Ahead<decltype(row)>{std::max<int64_t>(1, kTileRows / std::max<int64_t>(k, 1)), row};

@@ -78,8 +78,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> edge_conv_backward_cpu(
     const Tensor& neighbors_in, const Tensor& weight, const std::optional<Tensor>& bias,
     const std::optional<Tensor>& scale, double negative_slope) {
   const Tensor grad = to_compute(grad_in), output = to_compute(output_in), x = to_compute(x_in);
-  const Tensor neighbors = as_contiguous(neighbors_in),
-               slots = as_contiguous(slots_in);
+  const Tensor neighbors = as_contiguous(neighbors_in), slots = as_contiguous(slots_in);
   const int64_t batch = x.size(0), num_points = x.size(1), channels = weight.size(0);
   Tensor grad_x = torch::stable::new_empty(x, {batch, num_points, x.size(2)});
   std::vector<Tensor> grads;

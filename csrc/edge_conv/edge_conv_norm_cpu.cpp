@@ -136,8 +136,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> edge_conv_norm_backward_cpu(
     const Tensor& neighbors_in, const Tensor& weight, const Tensor& gamma_in, const Tensor& count_in,
     const Tensor& variance_in, const Tensor& center_in, double eps, double negative_slope) {
   const Tensor grad = to_compute(grad_in), output = to_compute(output_in), x = to_compute(x_in);
-  const Tensor neighbors = as_contiguous(neighbors_in),
-               slots = as_contiguous(slots_in);
+  const Tensor neighbors = as_contiguous(neighbors_in), slots = as_contiguous(slots_in);
   const int64_t batch = x.size(0), num_points = x.size(1), channels = weight.size(0);
   const double edges = double(std::max<int64_t>(*const_data<int64_t>(count_in), 1));
   Tensor grad_x = torch::stable::new_empty(x, {batch, num_points, x.size(2)});

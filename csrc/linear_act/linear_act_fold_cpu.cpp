@@ -45,9 +45,8 @@ std::vector<Tensor> linear_norm_fold_cpu(std::vector<Tensor> parts, std::vector<
   for (size_t l = 0; l < eps.size(); ++l) {
     const Tensor* own = parts.data() + l * NormedLayer::kParts;
     const NormedLayer layer(own);
-    dispatch_compute(layer.weight.scalar_type(), "linear_norm_fold", [&](auto zero) {
-      layer.fold(static_cast<decltype(zero)>(eps[l]));
-    });
+    dispatch_compute(layer.weight.scalar_type(), "linear_norm_fold",
+                     [&](auto zero) { layer.fold(static_cast<decltype(zero)>(eps[l])); });
     folded.push_back(to_type(layer.folded_weight, own[0].scalar_type()));
     folded.push_back(to_type(layer.folded_bias, own[1].scalar_type()));
   }

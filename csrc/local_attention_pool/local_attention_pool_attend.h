@@ -102,8 +102,7 @@ class BlockAttention {
       const int64_t offset = v * kLanes<T>;
       store_some(args_.pooled + first + offset, pooled[v] / sum[v], valid - offset);
       if (!args_.statistics) continue;
-      store_some(args_.statistics + first + offset, natural_log<T>(Vector<T>{}, sum[v]),
-                 valid - offset);
+      store_some(args_.statistics + first + offset, natural_log<T>(Vector<T>{}, sum[v]), valid - offset);
     }
   }
 

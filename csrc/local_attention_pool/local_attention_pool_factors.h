@@ -133,8 +133,8 @@ class TileFactors {
     return (lanes & (Bits{} + static_cast<decltype(lanes[0] + 0)>(bits))) != 0;
   }
 
-  // The channels of a vector that have a negative sign in more than half of the blocks, where blocks with both
-  // signs count half.
+  // The channels of a vector that have a negative sign in more than half of the blocks, where blocks with
+  // both signs count half.
   uint32_t mostly_negative(int64_t v, int64_t blocks) const {
     Bits balance{};
     // Each sign counts -1.

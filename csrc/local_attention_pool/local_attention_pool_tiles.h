@@ -218,9 +218,8 @@ class TileScores {
 
   // How many edges and channels of a layer have an excess above the factors chosen for it.
   int64_t choose(int64_t layer) {
-    return factors_[layer].choose(
-        vectors(mlp_.layers[layer].out), block_count_, tile_.count(),
-        [this](int64_t b) { return block(b).end - block(b).begin; });
+    return factors_[layer].choose(vectors(mlp_.layers[layer].out), block_count_, tile_.count(),
+                                  [this](int64_t b) { return block(b).end - block(b).begin; });
   }
 
   // The rows of the matrix, from `mapped_` on, for channels of a layer that any block lists.
@@ -393,9 +392,9 @@ class TileScores {
     };
   }
 
-  // take(block, column, init + ...) of a block whose excess is listed, one panel of columns; with kSigns, notes
-  // the signs of the sums as the second layer's. Rows of a block that is not whole come out as well, and are
-  // overwritten by the next one.
+  // take(block, column, init + ...) of a block whose excess is listed, one panel of columns; with kSigns,
+  // notes the signs of the sums as the second layer's. Rows of a block that is not whole come out as well,
+  // and are overwritten by the next one.
   template <bool kSigns, typename Init, typename Take>
   void block_sums(const Map& map, int64_t b, const Init& init, const Take& take) {
     if (map.columns - map.column >= kPanel) {

@@ -39,8 +39,8 @@ Tensor scale_images(const Tensor& images, const Tensor& others, const std::optio
 std::tuple<Tensor, Tensor> modulated_conv2d_scale_cpu(const Tensor& images, const Tensor& others,
                                                       const Tensor& factors) {
   Tensor scaled = new_result(images, images.sizes());
-  const Tensor sums = scale_images(as_contiguous(images), as_contiguous(others),
-                                   as_contiguous(factors), scaled);
+  const Tensor sums =
+      scale_images(as_contiguous(images), as_contiguous(others), as_contiguous(factors), scaled);
   return {scaled, sums};
 }
 
@@ -50,8 +50,7 @@ Tensor modulated_conv2d_styles_backward_cpu(Tensor images, const Tensor& others,
 }
 
 Tensor modulated_conv2d_sums_backward_cpu(const Tensor& images, const Tensor& others) {
-  return scale_images(as_contiguous(images), as_contiguous(others), std::nullopt,
-                      std::nullopt);
+  return scale_images(as_contiguous(images), as_contiguous(others), std::nullopt, std::nullopt);
 }
 
 // The gradients of images, others and factors from those of both results.

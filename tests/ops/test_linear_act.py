@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from avatar_ops import reference
-from avatar_ops.linear_act import linear_act, linear_act_layers
+from avatar_ops.linear_act import NormedLayer, linear_act, linear_act_layers, linear_norm_folds
 
 
 @pytest.mark.parametrize("points", [5, 11, 12, 13, 191, 193, 400])
@@ -131,3 +131,42 @@ def test_layers_reject(change, error, message):
     arguments = {"x": torch.randn(1, 6, 3), "weights": weights, "biases": biases, "negative_slopes": slopes}
     with pytest.raises(error, match=message):
         linear_act_layers(**{**arguments, **change})
+
+
+def normed_layer(inputs, outputs, dtype, statistics=None):
+    vectors = [torch.randn(outputs).to(dtype) for _ in range(3)]
+    mean, variance = (torch.rand(outputs).to(statistics or dtype) for _ in range(2))
+    return NormedLayer(torch.randn(outputs, inputs).to(dtype), *vectors, mean, variance)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "statistics"),
+    [
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float64),
+    ],
+    ids=str,
+)
+def test_folds_do_linear_map_and_norm_at_once(dtype, statistics):
+    layers = [normed_layer(*sizes, dtype, statistics) for sizes in ((3, 8), (300, 500), (5, 0), (1, 1))]
+    eps = [1e-6, 1e-3, 1e-6, 0.1]
+    for layer, each, (weight, bias) in zip(layers, eps, linear_norm_folds(layers, eps), strict=True):
+        assert weight.dtype == bias.dtype == dtype
+        own_weight, own_bias, scale, shift, mean, variance = (part.double() for part in layer)
+        scale = scale / (variance + each).sqrt()
+        tolerance = {"rtol": 1e-2, "atol": 1e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
+        torch.testing.assert_close(weight.double(), own_weight * scale[:, None], **tolerance)
+        torch.testing.assert_close(bias.double(), (own_bias - mean) * scale + shift, **tolerance)
+
+
+def test_folds_have_gradients_where_they_are_wanted():
+    parts = [part.requires_grad_() for part in normed_layer(3, 4, torch.float64)]
+    assert torch.autograd.gradcheck(lambda *parts: linear_norm_folds([NormedLayer(*parts)], [1e-3])[0], parts)
+    assert linear_norm_folds([], []) == []
+
+
+def test_folds_pass_opcheck():
+    parts = [part for sizes in ((3, 4), (2, 5)) for part in normed_layer(*sizes, torch.float32)]
+    torch.library.opcheck(torch.ops.avatar_ops.linear_norm_fold.default, (parts, [1e-6, 1e-3]))
