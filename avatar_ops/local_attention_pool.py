@@ -49,7 +49,8 @@ def local_attention_pool(
         h = [f_j ; r],   s = softmax over the neighbours of (score_weight h),   result = sum s * h
 
     No tensor of channels over edges is formed, forward or backward: memory is O(N (C + P)), besides the
-    neighbours and, on CUDA, their order by the point that they lead to.
+    neighbours and, on CUDA, their order by the point that they lead to. Fastest where points near each other
+    follow each other, as `PointIndex.arranged` orders them.
 
     Args:
         points: (B, N, D) or (N, D) float16, bfloat16, float32 or float64, any D >= 1.

@@ -7,6 +7,7 @@ import torch
 
 from avatar_ops import _native
 from avatar_ops._library import TRITON_KERNELS
+from avatar_ops.knn import arrange_by_build
 
 # Inductor's cache does not know when an op's schema changes, so each run has one of its own.
 _inductor_cache = tempfile.TemporaryDirectory(prefix="inductor-")
@@ -46,6 +47,8 @@ def pytest_configure(config):
     # In this process the library takes the place of the CPU kernels, for good.
     if library := config.getoption("hostcuda"):
         torch.ops.load_library(library)
+        # Its searches take indices of its own kind only.
+        torch.library.impl("avatar_ops::knn_arrange", "CPU", arrange_by_build)
     if log := config.getoption("triton"):
         interpret_triton_kernels(Path(log))
 
