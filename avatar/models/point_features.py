@@ -130,11 +130,12 @@ def build_pyramid(points: Tensor, config: PointFeaturesConfig, seed: int) -> Pyr
             finer, current = current, current.index_select(0, sample)
             index = avatar_ops.PointIndex(current)
             places = torch.full((len(finer),), -1, device=points.device)
-            places[sample] = torch.arange(size, device=points.device)
+            places.index_copy_(0, sample, torch.arange(size, device=points.device))
             nearest = nearest_sampled(pyramid.neighbors[-1], places)
             # Lists of neighbours are ordered as a search would answer; it is left those without one.
             rest = (nearest < 0).nonzero().squeeze(1)
-            nearest[rest] = index.knn(1, queries=finer[rest]).indices[:, 0]
+            found = index.knn(1, queries=finer.index_select(0, rest)).indices
+            nearest.index_copy_(0, rest, found[:, 0])
             pyramid.nearest.append(nearest)
         if level < levels:
             pyramid.neighbors.append(index.knn(config.randla_neighbors).indices)
