@@ -1,4 +1,4 @@
-"""The nearest point of a sample by lists of neighbours: schema, function, fake."""
+"""Samples in ascending order, and the nearest point of one by lists of neighbours: schemas, functions, fakes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,25 @@ from torch import Tensor
 from ._library import check_device, check_index, check_rank, check_shape, define
 
 define("nearest_sampled(Tensor neighbors, Tensor places) -> Tensor")
+define("sampled_places(Tensor sample, SymInt count) -> (Tensor ascending, Tensor places)")
+
+
+def sampled_places(sample: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """A sample in ascending order, and where it holds each point.
+
+    Args:
+        sample: (M,) int64 (or int32) in [0, count), each at most once.
+        count: points that the sample is of.
+
+    Returns:
+        ascending: (M,) int64.   places: (count,) int64, -1 for points that are not in the sample.
+
+    Raises:
+        TypeError: a dtype.   ValueError: a shape, a point twice (CPU).   IndexError: one out of range (CPU).
+    """
+    check_index("sample", sample)
+    check_shape("sample", sample, (None,), "(M,)")
+    return torch.ops.avatar_ops.sampled_places(sample.long(), count)
 
 
 def nearest_sampled(neighbors: Tensor, places: Tensor) -> Tensor:
@@ -48,3 +67,17 @@ def _nearest_sampled_cuda(neighbors, places):
 
 
 torch.library.impl("avatar_ops::nearest_sampled", "CUDA", _nearest_sampled_cuda)
+
+
+@torch.library.register_fake("avatar_ops::sampled_places")
+def _(sample, count):
+    return torch.empty_like(sample), sample.new_empty(count)
+
+
+def _sampled_places_cuda(sample, count):
+    ascending = sample.sort().values
+    places = torch.full((count,), -1, dtype=sample.dtype, device=sample.device)
+    return ascending, places.index_copy_(0, ascending, torch.arange(len(sample), device=sample.device))
+
+
+torch.library.impl("avatar_ops::sampled_places", "CUDA", _sampled_places_cuda)

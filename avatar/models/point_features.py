@@ -17,7 +17,7 @@ from avatar.models.mlp import linear_macs
 from avatar.random import keyed_generator
 from avatar_ops.edge_max import edge_max_values
 from avatar_ops.linear_act import linear_act_layers
-from avatar_ops.nearest_sampled import nearest_sampled
+from avatar_ops.nearest_sampled import nearest_sampled, sampled_places
 from avatar_ops.nn import EdgeConv, LocalFeatureAggregation
 from avatar_ops.nn.local_feature_aggregation import LinearNorm, running_folds, split_fold
 
@@ -123,14 +123,10 @@ def build_pyramid(points: Tensor, config: PointFeaturesConfig, seed: int) -> Pyr
         if level > 0:
             key = keyed_generator(seed, "pyramid", level).initial_seed()
             sample = avatar_ops.random_sample(len(current), size, seed=key, device=points.device)
-            # In ascending order.
-            chosen = torch.zeros(len(current), dtype=torch.bool, device=points.device)
-            sample = chosen.index_fill_(0, sample, 1).nonzero().squeeze(1)
+            sample, places = sampled_places(sample, len(current))
             pyramid.samples.append(sample)
             finer, current = current, current.index_select(0, sample)
             index = avatar_ops.PointIndex(current)
-            places = torch.full((len(finer),), -1, device=points.device)
-            places.index_copy_(0, sample, torch.arange(size, device=points.device))
             nearest = nearest_sampled(pyramid.neighbors[-1], places)
             # Lists of neighbours are ordered as a search would answer; it is left those without one.
             rest = (nearest < 0).nonzero().squeeze(1)

@@ -28,7 +28,7 @@ struct NormedLayer {
     const T *w = const_data<T>(weight), *b = const_data<T>(bias), *g = const_data<T>(scale);
     const T *s = const_data<T>(shift), *m = const_data<T>(mean), *v = const_data<T>(variance);
     T *to_weight = mutable_data<T>(folded_weight), *to_bias = mutable_data<T>(folded_bias);
-    torch::stable::parallel_for(0, rows, 1 + 65536 / (columns + 1), [=](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, rows, 1 + 16384 / (columns + 1), [=](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
         const T factor = g[row] / std::sqrt(v[row] + eps);
         for (int64_t c = 0; c < columns; ++c) to_weight[row * columns + c] = w[row * columns + c] * factor;
