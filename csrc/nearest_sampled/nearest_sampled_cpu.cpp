@@ -40,8 +40,8 @@ std::tuple<Tensor, Tensor> sampled_places_cpu(const Tensor& sample_in, int64_t c
   const int64_t* chosen = const_data<int64_t>(sample);
   const int64_t bad = first_outside(chosen, size, count);
   if (bad >= 0) {
-    throw std::out_of_range("sampled_places: sample[" + std::to_string(bad) + "] = " +
-                            std::to_string(chosen[bad]) + "; expected an index in [0, " +
+    throw std::out_of_range("sampled_places: sample[" + std::to_string(bad) +
+                            "] = " + std::to_string(chosen[bad]) + "; expected an index in [0, " +
                             std::to_string(count) + ")");
   }
   Tensor ascending = torch::stable::new_empty(sample, {size});
@@ -55,7 +55,8 @@ std::tuple<Tensor, Tensor> sampled_places_cpu(const Tensor& sample_in, int64_t c
     if (next < size) sorted[next] = point;
     next += is_in[point];
   }
-  if (next < size) throw std::invalid_argument("sampled_places: sample: got a point twice, expected each once");
+  if (next < size)
+    throw std::invalid_argument("sampled_places: sample: got a point twice, expected each once");
   return {ascending, places};
 }
 
