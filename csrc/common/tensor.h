@@ -156,6 +156,16 @@ inline int64_t first_outside(const int64_t* numbers, int64_t count, int64_t end)
   return -1;
 }
 
+// IndexError unless `count` numbers, those of an argument, are all in [0, end); names the first that is not.
+inline void check_inside(const char* op, const char* argument, const int64_t* numbers, int64_t count,
+                         int64_t end) {
+  const int64_t place = first_outside(numbers, count, end);
+  if (place < 0) return;
+  throw std::out_of_range(std::string(op) + ": " + argument + "[" + std::to_string(place) +
+                          "] = " + std::to_string(numbers[place]) + "; expected an index in [0, " +
+                          std::to_string(end) + ")");
+}
+
 // IndexError for neighbours (B, M, K) outside [-1, num_points), naming the first bad one.
 inline void raise_bad_neighbor(const FirstBad& bad, const char* op, const Tensor& neighbors,
                                int64_t num_points) {

@@ -17,12 +17,7 @@ Tensor max_over(const char* op, const Tensor& features_in, const Tensor& neighbo
   if (rows_in) chosen = as_contiguous(*rows_in);
   const int64_t rows = chosen ? chosen->size(0) : lists;
   const int64_t* choice = chosen ? const_data<int64_t>(*chosen) : nullptr;
-  const int64_t outside = choice ? first_outside(choice, rows, lists) : -1;
-  if (outside >= 0) {
-    throw std::out_of_range(std::string(op) + ": rows[" + std::to_string(outside) +
-                            "] = " + std::to_string(choice[outside]) + "; expected an index in [0, " +
-                            std::to_string(lists) + ")");
-  }
+  if (choice) check_inside(op, "rows", choice, rows, lists);
   Tensor values = new_result(features, {batch, rows, channels});
   int64_t* from = argmax ? mutable_data<int64_t>(*argmax) : nullptr;
   FirstBad bad;

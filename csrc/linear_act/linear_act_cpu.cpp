@@ -69,12 +69,7 @@ Tensor through_layers(const char* op, const Tensor& x_in, const std::optional<Te
   const int64_t count = static_cast<int64_t>(weights.size()), columns = weights.back().size(0);
   const int64_t rest_rows = rest ? rest->size(1) : 0, other = beside ? beside->size(2) : 0;
   const int64_t* place = places ? const_data<int64_t>(*places) : nullptr;
-  const int64_t bad = place ? first_outside(place, rows, rest_rows) : -1;
-  if (bad >= 0) {
-    throw std::out_of_range(std::string(op) + ": places[" + std::to_string(bad) +
-                            "] = " + std::to_string(place[bad]) + "; expected an index in [0, " +
-                            std::to_string(rest_rows) + ")");
-  }
+  if (place) check_inside(op, "places", place, rows, rest_rows);
   const int64_t* target = targets ? const_data<int64_t>(*targets) : nullptr;
   if (target && !is_permutation(target, rows)) {
     throw std::out_of_range(std::string(op) + ": targets: expected every index in [0, " +

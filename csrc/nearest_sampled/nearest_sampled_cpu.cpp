@@ -38,12 +38,7 @@ std::tuple<Tensor, Tensor> sampled_places_cpu(const Tensor& sample_in, int64_t c
   const Tensor sample = as_contiguous(sample_in);
   const int64_t size = sample.size(0);
   const int64_t* chosen = const_data<int64_t>(sample);
-  const int64_t bad = first_outside(chosen, size, count);
-  if (bad >= 0) {
-    throw std::out_of_range("sampled_places: sample[" + std::to_string(bad) +
-                            "] = " + std::to_string(chosen[bad]) + "; expected an index in [0, " +
-                            std::to_string(count) + ")");
-  }
+  check_inside("sampled_places", "sample", chosen, size, count);
   Tensor ascending = torch::stable::new_empty(sample, {size});
   Tensor places = torch::stable::new_empty(sample, {count});
   int64_t *sorted = mutable_data<int64_t>(ascending), *place = mutable_data<int64_t>(places);
