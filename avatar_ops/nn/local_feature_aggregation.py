@@ -12,6 +12,7 @@ from .._library import check_slope, is_size
 from ..edge_moments import edge_moments
 from ..linear_act import NormedLayer, linear_act, linear_act_layers, linear_norm_folds
 from ..local_attention_pool import local_attention_pool
+from ..local_attention_pool_block import local_attention_pool_block
 from .batch_norm import track, uses_batch_statistics
 
 Fold = tuple[Tensor, Tensor]
@@ -73,8 +74,14 @@ class LinearNorm(nn.Module):
 def running_folds(layers: Iterable[LinearNorm]) -> dict[LinearNorm, Fold]:
     """`running_fold` of those layers whose running statistics count."""
     steady = [layer for layer in layers if not uses_batch_statistics(layer.norm)]
-    normed = [layer.normed(layer.norm.running_mean, layer.norm.running_var) for layer in steady]
-    return dict(zip(steady, linear_norm_folds(normed, [layer.norm.eps for layer in steady]), strict=True))
+    return dict(zip(steady, linear_norm_folds(*_running(steady)), strict=True))
+
+
+def _running(layers: Iterable[LinearNorm]) -> tuple[list[NormedLayer], list[float]]:
+    """Layers with their running statistics, and each norm's epsilon."""
+    norms = [layer.norm for layer in layers]
+    normed = [layer.normed(n.running_mean, n.running_var) for layer, n in zip(layers, norms, strict=True)]
+    return normed, [norm.eps for norm in norms]
 
 
 def split_fold(fold: Fold, x: Tensor, rest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -163,7 +170,15 @@ class LocalFeatureAggregation(nn.Module):
                 )
         slope, expand, shortcut = self.negative_slope, self.expand, self.shortcut
         last = (self.attend[1], expand, shortcut)
-        folds = running_folds((self.reduce, *self.encode, self.attend[0], *last))
+        layers = (self.reduce, *self.encode, self.attend[0], *last)
+        if not any(uses_batch_statistics(layer.norm) for layer in layers):
+            scores = [score.weight for score in self.scores]
+            result = local_attention_pool_block(
+                points, features, neighbors, *_running(layers), scores, slope
+            )
+            if result is not None:
+                return result
+        folds = running_folds(layers)
         weights, biases = [], []
         for layer in self.encode:
             fold = folds.get(layer) or self._encoding(layer, points, neighbors, weights, biases)

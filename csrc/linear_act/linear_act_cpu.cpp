@@ -1,3 +1,5 @@
+#include "linear_act/linear_act_cpu.h"
+
 #include <algorithm>
 
 #include "common/tile_layout.h"
@@ -121,6 +123,8 @@ Tensor through_layers(const char* op, const Tensor& x_in, const std::optional<Te
   return to_type(y, x_in.scalar_type());
 }
 
+}  // namespace
+
 Tensor linear_act_cpu(const Tensor& x, const std::optional<Tensor>& beside, const Tensor& weight,
                       const std::optional<Tensor>& bias, const std::optional<Tensor>& rest,
                       const std::optional<Tensor>& places, double negative_slope) {
@@ -135,8 +139,6 @@ Tensor linear_act_layers_cpu(const Tensor& x, const std::optional<Tensor>& besid
   return through_layers("linear_act_layers", x, beside, weights, {biases.begin(), biases.end()}, rest, places,
                         targets, negative_slopes);
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(avatar_ops, CPU, m) {
   m.impl("linear_act", TORCH_BOX(&linear_act_cpu));

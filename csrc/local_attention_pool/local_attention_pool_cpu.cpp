@@ -1,3 +1,5 @@
+#include "local_attention_pool/local_attention_pool_cpu.h"
+
 #include <algorithm>
 
 #include "common/position_weights.h"
@@ -84,8 +86,8 @@ struct Pool {
   }
 };
 
-// points (B, N, D), features (B, N, C), neighbors (B, N, K) int64, position_weight[0] (P', 3 D + 1) ...,
-// score_weight (C + P, C + P) -> pooled (B, N, C + P), statistics the same or empty.
+}  // namespace
+
 std::tuple<Tensor, Tensor> local_attention_pool_cpu(const Tensor& points, const Tensor& features,
                                                     const Tensor& neighbors,
                                                     std::vector<Tensor> position_weight,
@@ -136,6 +138,8 @@ std::tuple<Tensor, Tensor> local_attention_pool_cpu(const Tensor& points, const 
   });
   return {to_type(pooled, points.scalar_type()), statistics};
 }
+
+namespace {
 
 // Gradients of points (empty unless `points_gradient`), features and score_weight; of position_weight and
 // then position_bias.

@@ -1,0 +1,65 @@
+#include "linear_act/linear_act_cpu.h"
+#include "local_attention_pool/local_attention_pool_cpu.h"
+
+namespace avatar {
+namespace {
+
+enum BlockLayer : size_t { kReduce, kEncode, kEncodeNext, kAttend, kAttendNext, kExpand, kShortcut, kLayers };
+
+void check_matrix(const std::string& name, const Tensor& matrix, int64_t rows, int64_t columns) {
+  if (matrix.dim() == 2 && matrix.size(0) == rows && matrix.size(1) == columns) return;
+  throw std::invalid_argument("local_attention_pool_block: " + name + ": expected shape (" +
+                              std::to_string(rows) + ", " + std::to_string(columns) + ")");
+}
+
+// Layers and scores of points and features of these widths.
+void check_weights(const std::vector<Tensor>& parts, const std::vector<double>& eps,
+                   const std::vector<Tensor>& scores, int64_t inputs, int64_t dims) {
+  if (parts.size() != kLayers * kNormedParts || eps.size() != kLayers || scores.size() != 2) {
+    throw std::invalid_argument("local_attention_pool_block: layers: expected 7 of 6 tensors, and 2 scores");
+  }
+  const int64_t width = scores[0].size(0), half = width / 2;
+  const int64_t sizes[kLayers][2] = {{half, inputs}, {half, 3 * dims + 1}, {half, half},       {half, width},
+                                     {width, width}, {2 * width, width},   {2 * width, inputs}};
+  for (size_t l = 0; l < kLayers; ++l) {
+    check_matrix("layers[" + std::to_string(l) + "]", parts[l * kNormedParts], sizes[l][0], sizes[l][1]);
+  }
+  for (const Tensor& score : scores) check_matrix("scores", score, width, width);
+}
+
+// The whole block of nn.LocalFeatureAggregation by running statistics: points (B, N, D), features (B, N, C),
+// neighbors (B, N, K) int64, kNormedParts tensors and an epsilon for each layer, two scores (d, d)
+// -> (B, N, 2 d).
+Tensor local_attention_pool_block_cpu(const Tensor& points, const Tensor& features, const Tensor& neighbors,
+                                      std::vector<Tensor> parts, std::vector<double> eps,
+                                      std::vector<Tensor> scores, double negative_slope) {
+  check_weights(parts, eps, scores, features.size(2), points.size(2));
+  const auto fold = [&](BlockLayer first, size_t count = 1) {
+    return fold_norms(parts.data() + first * kNormedParts, eps.data() + first, count);
+  };
+  const auto layer = [&](const Tensor& rows, const LinearMap& map) {
+    return linear_act_cpu(rows, std::nullopt, map.weight, map.bias, std::nullopt, std::nullopt,
+                          negative_slope);
+  };
+  std::vector<Tensor> weights, biases;
+  const auto pool = [&](const Tensor& rows, BlockLayer encode, const Tensor& score) {
+    const LinearMap map = fold(encode);
+    weights.push_back(map.weight);
+    biases.push_back(map.bias);
+    return std::get<0>(local_attention_pool_cpu(points, rows, neighbors, weights, biases, score,
+                                                negative_slope, /*save_statistics=*/false));
+  };
+  Tensor x = pool(layer(features, fold(kReduce)), kEncode, scores[0]);
+  x = pool(layer(x, fold(kAttend)), kEncodeNext, scores[1]);
+  const LinearMap attend = fold(kAttendNext), ends = fold(kExpand, 2);
+  return linear_act_layers_cpu(x, features, {attend.weight, ends.weight}, {attend.bias, ends.bias},
+                               std::nullopt, std::nullopt, std::nullopt, {negative_slope, negative_slope});
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(avatar_ops, CPU, m) {
+  m.impl("local_attention_pool_block", TORCH_BOX(&local_attention_pool_block_cpu));
+}
+
+}  // namespace avatar
