@@ -109,17 +109,20 @@ void parallel_tasks(int64_t tasks, const Body& body) {
   });
 }
 
-// body(begin, end) for parts of [0, count) of at least `grain` and a multiple of `unit`, several for each
-// thread: where others use the processor too, threads are seldom equally fast.
+// body(begin, end) for parts of [0, count) of at least `grain` and a multiple of `unit`, handed out one by
+// one and smaller towards the end: where others use the processor too, threads are seldom equally fast.
 template <typename Body>
 void parallel_parts(int64_t count, int64_t grain, int64_t unit, const Body& body) {
-  constexpr int64_t kPartsPerThread = 8;
+  constexpr int64_t kMostPerThread = 32;
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t most = threads > 1 ? kPartsPerThread * threads : 1;
-  const int64_t least = std::max({grain, (count + most - 1) / most, int64_t{1}});
-  const int64_t part = (least + unit - 1) / unit * unit;
-  parallel_tasks((count + part - 1) / part,
-                 [&](int64_t p) { body(p * part, std::min((p + 1) * part, count)); });
+  const int64_t least = std::max({grain, count / (kMostPerThread * threads), int64_t{1}});
+  std::vector<int64_t> ends{0};
+  while (ends.back() < count) {
+    const int64_t rest = count - ends.back();
+    const int64_t part = threads > 1 ? std::max(least, rest / (2 * threads)) : rest;
+    ends.push_back(std::min(ends.back() + (part + unit - 1) / unit * unit, count));
+  }
+  parallel_tasks(static_cast<int64_t>(ends.size()) - 1, [&](int64_t p) { body(ends[p], ends[p + 1]); });
 }
 
 // Collects the smallest bad position found by parallel loops; raise() is called after them, since an
