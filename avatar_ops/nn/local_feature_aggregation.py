@@ -173,9 +173,7 @@ class LocalFeatureAggregation(nn.Module):
         layers = (self.reduce, *self.encode, self.attend[0], *last)
         if not any(uses_batch_statistics(layer.norm) for layer in layers):
             scores = [score.weight for score in self.scores]
-            result = local_attention_pool_block(
-                points, features, neighbors, *_running(layers), scores, slope
-            )
+            result = local_attention_pool_block(points, features, neighbors, *_running(layers), scores, slope)
             if result is not None:
                 return result
         folds = running_folds(layers)

@@ -35,24 +35,37 @@ struct TileLayout {
   // A (depth, columns) matrix in panels of two vectors' width, each (depth, width); `columns` is padded.
   template <typename Value>
   Buffer<T> pack(int64_t depth, int64_t columns, const Value& value) const {
-    // Blocks of rows stay in the first-level cache however `value` reads.
-    constexpr int64_t kBlock = 16;
-    Buffer<T> packed = buffer<T>(depth * columns);
-    T* target = packed.get();
-    const int64_t wide = 2 * lanes(), panels = (columns + wide - 1) / wide;
-    torch::stable::parallel_for(0, panels, 1 + (1 << 14) / (depth * wide + 1), [&](int64_t from, int64_t to) {
-      for (int64_t first = from * wide; first < std::min(to * wide, columns); first += wide) {
-        const int64_t width = std::min(wide, columns - first);
-        T* panel = target + depth * first;
-        for (int64_t begin = 0; begin < depth; begin += kBlock) {
-          const int64_t end = std::min(begin + kBlock, depth);
-          for (int64_t c = 0; c < width; ++c) {
-            for (int64_t d = begin; d < end; ++d) panel[d * width + c] = value(d, first + c);
+    return pack_panels(depth, columns,
+                       [&](T* panel, int64_t width, int64_t first, int64_t begin, int64_t end) {
+                         for (int64_t c = 0; c < width; ++c) {
+                           for (int64_t d = begin; d < end; ++d) panel[d * width + c] = value(d, first + c);
+                         }
+                       });
+  }
+
+  // `pack` of columns that are in memory as row(column), `given` of `depth` numbers, the others 0, or nullptr
+  // for a column of zeros; times `factor`.
+  template <typename Row>
+  Buffer<T> pack_rows(int64_t depth, int64_t given, int64_t columns, T factor, const Row& row) const {
+    return pack_panels(
+        depth, columns, [&](T* panel, int64_t width, int64_t first, int64_t begin, int64_t end) {
+          const int64_t whole = std::max(begin, begin + (std::min(end, given) - begin) / 4 * 4);
+          for (int64_t c = 0; c < width; c += 4) {
+            const T* rows[4];
+            const int64_t count = std::min<int64_t>(4, width - c);
+            bool all = count == 4;
+            for (int64_t i = 0; i < count; ++i) all &= (rows[i] = row(first + c + i)) != nullptr;
+            if (all) {
+              for (int64_t d = begin; d < whole; d += 4)
+                transpose(rows, d, factor, panel + d * width + c, width);
+            }
+            for (int64_t d = all ? whole : begin; d < end; ++d) {
+              for (int64_t i = 0; i < count; ++i) {
+                panel[d * width + c + i] = rows[i] && d < given ? factor * rows[i][d] : T(0);
+              }
+            }
           }
-        }
-      }
-    });
-    return packed;
+        });
   }
 
   // rows (rows, sum of widths) with every part padded; the tensor itself where nothing is to pad.
@@ -88,6 +101,45 @@ struct TileLayout {
                          packed.get(), bias, target.get() + begin * columns);
     });
     return target;
+  }
+
+ private:
+  // fill(panel, width, first column, begin, end): rows [begin, end) of each panel.
+  template <typename Fill>
+  Buffer<T> pack_panels(int64_t depth, int64_t columns, const Fill& fill) const {
+    // Blocks of rows stay in the first-level cache however `fill` reads.
+    constexpr int64_t kBlock = 16;
+    Buffer<T> packed = buffer<T>(depth * columns);
+    T* target = packed.get();
+    const int64_t wide = 2 * lanes(), panels = (columns + wide - 1) / wide;
+    torch::stable::parallel_for(0, panels, 1 + (1 << 14) / (depth * wide + 1), [&](int64_t from, int64_t to) {
+      for (int64_t first = from * wide; first < std::min(to * wide, columns); first += wide) {
+        const int64_t width = std::min(wide, columns - first);
+        for (int64_t begin = 0; begin < depth; begin += kBlock) {
+          fill(target + depth * first, width, first, begin, std::min(begin + kBlock, depth));
+        }
+      }
+    });
+    return packed;
+  }
+
+  // Four numbers from `begin` on of each of four rows, times `factor`, as columns of rows `stride` apart.
+  static void transpose(const T* const* rows, int64_t begin, T factor, T* target, int64_t stride) {
+    typedef T Four __attribute__((vector_size(4 * sizeof(T))));
+    Four in[4], out[4];
+    for (int i = 0; i < 4; ++i) {
+      __builtin_memcpy(&in[i], rows[i] + begin, sizeof(Four));
+      in[i] *= factor;
+    }
+    const Four low01 = __builtin_shufflevector(in[0], in[1], 0, 4, 1, 5);
+    const Four low23 = __builtin_shufflevector(in[2], in[3], 0, 4, 1, 5);
+    const Four high01 = __builtin_shufflevector(in[0], in[1], 2, 6, 3, 7);
+    const Four high23 = __builtin_shufflevector(in[2], in[3], 2, 6, 3, 7);
+    out[0] = __builtin_shufflevector(low01, low23, 0, 1, 4, 5);
+    out[1] = __builtin_shufflevector(low01, low23, 2, 3, 6, 7);
+    out[2] = __builtin_shufflevector(high01, high23, 0, 1, 4, 5);
+    out[3] = __builtin_shufflevector(high01, high23, 2, 3, 6, 7);
+    for (int i = 0; i < 4; ++i) __builtin_memcpy(target + i * stride, &out[i], sizeof(Four));
   }
 };
 

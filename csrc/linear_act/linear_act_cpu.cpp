@@ -38,8 +38,8 @@ struct Layer {
         slope(static_cast<T>(negative_slope)) {
     const Tensor given = to_compute(weight_in);
     const T* numbers = const_data<T>(given);
-    weight = layout.pack(depth, columns_padded,
-                         [&](int64_t c, int64_t o) { return o < columns ? numbers[o * depth + c] : T(0); });
+    weight = layout.pack_rows(depth, depth, columns_padded, T(1),
+                              [&](int64_t o) { return o < columns ? numbers + o * depth : nullptr; });
     if (bias_in) std::copy_n(const_data<T>(to_compute(*bias_in)), columns, bias.begin());
   }
 

@@ -43,14 +43,14 @@ struct Pool {
         position(layout, points, weights, biases, slope) {
     const T factor = static_cast<T>(score_factor);
     const int64_t width = channels + position_channels;
-    std::vector<const T*> rows(hidden);
-    for (int64_t q = 0; q < hidden; ++q) rows[q] = channel(q) < 0 ? nullptr : scores + channel(q) * width;
-    feature_weight = layout.pack(channels_padded, hidden, [&](int64_t c, int64_t q) {
-      return rows[q] && c < channels ? factor * rows[q][c] : T(0);
-    });
-    position_weight = layout.pack(position_padded, hidden, [&](int64_t p, int64_t q) {
-      return rows[q] && p < position_channels ? factor * rows[q][channels + p] : T(0);
-    });
+    // Rows of the scores by padded channels, from those of features or of positions on.
+    const auto rows = [&](int64_t begin) {
+      return [this, width, begin](int64_t q) {
+        return channel(q) < 0 ? nullptr : scores + channel(q) * width + begin;
+      };
+    };
+    feature_weight = layout.pack_rows(channels_padded, channels, hidden, factor, rows(0));
+    position_weight = layout.pack_rows(position_padded, position_channels, hidden, factor, rows(channels));
   }
 
   static std::vector<int64_t> widths(const Tensor& features, const std::vector<Tensor>& weights) {
