@@ -6,10 +6,15 @@ namespace {
 
 enum BlockLayer : size_t { kReduce, kEncode, kEncodeNext, kAttend, kAttendNext, kExpand, kShortcut, kLayers };
 
+std::string shape(int64_t rows, int64_t columns) {
+  return "(" + std::to_string(rows) + ", " + std::to_string(columns) + ")";
+}
+
 void check_matrix(const std::string& name, const Tensor& matrix, int64_t rows, int64_t columns) {
-  if (matrix.dim() == 2 && matrix.size(0) == rows && matrix.size(1) == columns) return;
-  throw std::invalid_argument("local_attention_pool_block: " + name + ": expected shape (" +
-                              std::to_string(rows) + ", " + std::to_string(columns) + ")");
+  const int64_t own_rows = matrix.size(0), own_columns = matrix.size(1);
+  if (own_rows == rows && own_columns == columns) return;
+  throw std::invalid_argument("local_attention_pool_block: " + name + ": got shape " +
+                              shape(own_rows, own_columns) + ", expected " + shape(rows, columns));
 }
 
 // Layers and scores of points and features of these widths.
@@ -49,8 +54,11 @@ Tensor local_attention_pool_block_cpu(const Tensor& points, const Tensor& featur
     return std::get<0>(local_attention_pool_cpu(points, rows, neighbors, weights, biases, score,
                                                 negative_slope, /*save_statistics=*/false));
   };
-  Tensor x = pool(layer(features, fold(kReduce)), kEncode, scores[0]);
-  x = pool(layer(x, fold(kAttend)), kEncodeNext, scores[1]);
+  // Rows that are done with are handed back at each step.
+  Tensor x = layer(features, fold(kReduce));
+  x = pool(x, kEncode, scores[0]);
+  x = layer(x, fold(kAttend));
+  x = pool(x, kEncodeNext, scores[1]);
   const LinearMap attend = fold(kAttendNext), ends = fold(kExpand, 2);
   return linear_act_layers_cpu(x, features, {attend.weight, ends.weight}, {attend.bias, ends.bias},
                                std::nullopt, std::nullopt, std::nullopt, {negative_slope, negative_slope});

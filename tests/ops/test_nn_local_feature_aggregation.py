@@ -203,6 +203,96 @@ def test_block_compiles_in_one_graph(training):
         torch.testing.assert_close(a, e)
 
 
+def block_operands(module):
+    layers = [module.get_submodule(name) for name in NORMS]
+    parts = [
+        part.detach()
+        for layer in layers
+        for part in layer.normed(layer.norm.running_mean, layer.norm.running_var)
+    ]
+    return parts, [layer.norm.eps for layer in layers], [score.weight.detach() for score in module.scores]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("channels", "width", "points"), [(5, 16, 30), (3, 4, 8), (20, 96, 700), (64, 200, 90)]
+)
+def test_block_without_gradient_equals_its_steps(channels, width, points, dtype, isa):
+    """In evaluation the block is one op; where a gradient is wanted it goes step by step."""
+    module = make(channels, width)
+    module(*inputs(0.2, channels=channels, points=50))  # Other statistics than at the start.
+    module.eval().to(dtype)
+    operands = [t.detach() for t in inputs(0.2, channels=channels, points=points, dtype=dtype)]
+    with torch.no_grad():
+        output = module(*operands)
+        alone = module(*(t[1] for t in operands))
+    steps = module(*operands)
+    assert not output.requires_grad
+    assert steps.requires_grad
+    assert output.dtype == dtype
+    tolerance = {"rtol": 0.05, "atol": 0.2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(output, steps.detach(), **tolerance)
+    torch.testing.assert_close(alone, output[1], **tolerance)
+
+
+@torch.no_grad()
+def test_block_of_no_points():
+    module = make().eval()
+    points, features, neighbors = torch.zeros(2, 0, 3), torch.zeros(2, 0, 5), torch.zeros(2, 0, 6)
+    assert module(points.double(), features.double(), neighbors.long()).shape == (2, 0, 16)
+
+
+def test_block_without_gradient_compiles_in_one_graph():
+    torch._dynamo.reset()
+    module = make().eval()
+    operands = [t.detach() for t in inputs(0.2)]
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(*operands), module(*operands))
+
+
+def test_block_without_gradient_runs_under_autocast():
+    module = make(dtype=torch.float32).eval()
+    operands = [t.detach() for t in inputs(0.2, dtype=torch.float32)]
+    with torch.no_grad():
+        expected = module(*operands)
+        with torch.autocast("cpu", torch.bfloat16):
+            output = module(*operands)
+    assert (output.float() - expected).abs().max() <= 0.1 * expected.abs().max()
+
+
+def test_block_op_passes_opcheck():
+    module = make(dtype=torch.float32).eval()
+    operands = [t.detach() for t in inputs(0.2, dtype=torch.float32)]
+    op = torch.ops.avatar_ops.local_attention_pool_block.default
+    torch.library.opcheck(op, (*operands, *block_operands(module), 0.2))
+
+
+@torch.no_grad()
+def test_block_without_gradient_rejects_other_shapes():
+    module = make().eval()
+    points, features, neighbors = inputs(0.2)
+    with pytest.raises(ValueError, match="features: got shape"):
+        module(points, features[:, 1:], neighbors)
+    with pytest.raises(ValueError, match="neighbors: got shape"):
+        module(points, features, neighbors[:, 1:])
+    neighbors[1, 3, 2] = 30
+    with pytest.raises(IndexError, match=r"neighbors\[1, 3, 2\] = 30; expected -1"):
+        module(points, features, neighbors)
+    neighbors[1, 3, 2] = 0
+    module.scores[1] = torch.nn.Linear(8, 7, bias=False, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"scores: got shape \(7, 8\), expected \(8, 8\)"):
+        module(points, features, neighbors)
+    module = make().eval()
+    module.encode[1].linear = torch.nn.Linear(5, 4, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"layers\[2\]: got shape \(4, 5\), expected \(4, 4\)"):
+        module(points, features, neighbors)
+    module = make().eval()
+    module.expand.norm = torch.nn.BatchNorm1d(17, dtype=torch.float64).eval()
+    with pytest.raises(ValueError, match="got 17 numbers in a layer of 16 outputs"):
+        module(points, features, neighbors)
+
+
 def test_block_exports_and_loads():
     module = make(dtype=torch.float32).eval()
     points, features, neighbors = inputs(0.2, dtype=torch.float32)
