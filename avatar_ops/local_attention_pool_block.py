@@ -27,16 +27,14 @@ def local_attention_pool_block(
 ) -> Tensor | None:
     """The block that `nn.LocalFeatureAggregation` describes, with norms by the statistics given.
 
-    Returns None where its steps have to be taken one by one: a gradient is wanted, tensors are elsewhere than
-    on the CPU or of several dtypes, or autocast is on.
-
     Args:
         points: (B, N, D).   features: (B, N, C).   neighbors: (B, N, K), -1 for none; all unbatched, too.
         layers: reduce, encode.0, encode.1, attend.0, attend.1, expand, shortcut.   eps: of their norms.
         scores: two (d, d).   negative_slope: of every LeakyReLU.
 
     Returns:
-        (B, N, 2 d).
+        (B, N, 2 d); None where the steps have to be taken one by one: a gradient is wanted, tensors are
+        elsewhere than on the CPU or of several dtypes, or autocast is on.
 
     Raises:
         What `local_attention_pool` does.   ValueError: layers of other shapes.

@@ -236,6 +236,22 @@ def test_block_without_gradient_equals_its_steps(channels, width, points, dtype,
 
 
 @torch.no_grad()
+def test_block_without_gradient_has_the_same_bits_for_any_threads_and_strides(isa):
+    module = make(20, 96, dtype=torch.float32).eval()
+    operands = [t.detach() for t in inputs(0.2, channels=20, points=3000, dtype=torch.float32)]
+    strided = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in operands]
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        expected = module(*operands)
+        torch.set_num_threads(3)
+        assert torch.equal(module(*operands), expected)
+        assert torch.equal(module(*strided), expected)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@torch.no_grad()
 def test_block_of_no_points():
     module = make().eval()
     points, features, neighbors = torch.zeros(2, 0, 3), torch.zeros(2, 0, 5), torch.zeros(2, 0, 6)
